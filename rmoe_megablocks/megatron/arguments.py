@@ -1,0 +1,221 @@
+"""Our arguments among Megatron's, the defaults of a run, and what is refused before training starts."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.arguments import parse_args, validate_args
+
+from rmoe_megablocks.compat import megatron_cpu
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.routing import get_router_type, router_types
+from rmoe_megablocks.routing.config import RNN_INITS
+
+
+def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the router's arguments; usable as Megatron's ``extra_args_provider``."""
+    group = parser.add_argument_group("recurrent router")
+    group.add_argument(
+        "--moe-router-type",
+        choices=router_types(),
+        default="linear",
+        help="How router logits come about. "
+        + "; ".join(f"{name}: {get_router_type(name).summary}" for name in router_types()),
+    )
+    group.add_argument(
+        "--moe-router-rnn-hidden-size",
+        type=_positive,
+        default=128,
+        metavar="P",
+        help="Width of the routing state that a recurrent router hands from layer to layer.",
+    )
+    group.add_argument(
+        "--moe-router-rnn-bias",
+        action="store_true",
+        help="Biases in a recurrent router's projectors and router matrices.",
+    )
+    group.add_argument(
+        "--moe-router-rnn-init",
+        choices=RNN_INITS,
+        default="standard",
+        help="Initialisation of the recurrent cell: uniform in +-1/sqrt(P), or the model's own (--init-method-std).",
+    )
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the router's arguments and those of our own entry (:mod:`.pretrain`)."""
+    parser = add_router_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--run-name", help="Name of the run. Default: configuration, router and what the command line changes."
+    )
+    group.add_argument(
+        "--runs-dir", default="runs", help="Folder of all runs; this one's files go to RUNS_DIR/RUN_NAME."
+    )
+    group.add_argument(
+        "--dataset",
+        metavar="DIR",
+        help="Folder made by 'rmoe data prepare'. Default without any Megatron data argument: the embedded enwik8 excerpt.",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse(argv: Sequence[str], add_arguments=add_run_arguments) -> argparse.Namespace:
+    """Parses ``argv`` with Megatron's parser and ours. Raises UsageError for what neither knows."""
+
+    def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        def error(message: str) -> None:
+            raise UsageError(message)
+
+        parser = add_arguments(parser)
+        parser.error = error
+        return parser
+
+    with _program_arguments(argv):  # Megatron parses sys.argv
+        args = parse_args(extra_args_provider)
+    args.explicit = _named_options(argv)
+    return args
+
+
+@contextmanager
+def _program_arguments(argv: Sequence[str]):
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved
+
+
+def _named_options(argv: Sequence[str]) -> set[str]:
+    return {word.split("=", 1)[0] for word in argv if word.startswith("--")}
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Refuses what cannot work, then runs Megatron's own validation. Raises UsageError with one line either way."""
+    check_router_arguments(args)
+    try:
+        validate_args(args, {})
+    except (AssertionError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(text or f"Megatron refuses these arguments ({type(error).__name__})") from error
+
+
+def fill_defaults(args: argparse.Namespace) -> list[str]:
+    """Chooses what this machine can run where the user did not say. Returns a line for each choice worth telling."""
+    told = []
+    if args.transformer_impl == "transformer_engine" and not _installed("transformer_engine"):
+        if "--transformer-impl" in args.explicit:
+            raise UsageError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; use --transformer-impl local"
+            )
+        args.transformer_impl = "local"
+        args.attention_backend = AttnBackend.unfused
+        args.apply_rope_fusion = False
+        told.append("Transformer Engine is not installed: --transformer-impl local")
+    if not _installed("fused_layer_norm_cuda"):  # NVIDIA's Apex; PyPI's apex is something else
+        args.no_persist_layer_norm = True
+    if not _installed("fused_weight_gradient_mlp_cuda"):
+        args.gradient_accumulation_fusion = False
+    if not _installed("scaled_upper_triang_masked_softmax_cuda"):
+        args.masked_softmax_fusion = False
+    if megatron_cpu.active():
+        args.distributed_backend = "gloo"
+    if not (args.reset_attention_mask or "--create-attention-mask-in-dataloader" in args.explicit):
+        args.create_attention_mask_in_dataloader = False  # attention is causal anyway
+    if "--no-exit-signal-handler" not in args.explicit:
+        args.exit_signal_handler = True  # Ctrl-C and SIGTERM save a checkpoint
+    return told
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def layout_size(args: argparse.Namespace) -> int:
+    """Number of processes that one replica of the model takes: TP x PP x CP, or what its experts need if more."""
+    dense = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    experts = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    return max(dense, experts)
+
+
+def check_router_arguments(args: argparse.Namespace) -> None:
+    """Refuses router options that mean nothing here and features that would drop the state or its gradient."""
+    options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
+    recurrent = get_router_type(args.moe_router_type).recurrent
+    if not args.num_experts:
+        if recurrent or options:
+            option = "--moe-router-type " + args.moe_router_type if recurrent else options[0]
+            raise UsageError(f"{option}: the model has no experts to route to; set --num-experts")
+        return
+    if not recurrent:
+        return
+    for refused, option, instead in _refusals(args):
+        if refused:
+            raise UsageError(f"--moe-router-type {args.moe_router_type} does not work with {option}: {instead}")
+    stages = args.pipeline_model_parallel_size * _virtual_stages(args)
+    if args.num_layers and args.num_layers < stages and not args.pipeline_model_parallel_layout:
+        raise UsageError(
+            f"--num-layers {args.num_layers} leaves stages of the {stages} (pipeline x virtual) without a layer; "
+            "a routing state needs at least one layer a stage: lower --pipeline-model-parallel-size"
+        )
+
+
+def _virtual_stages(args: argparse.Namespace) -> int:
+    if args.num_virtual_stages_per_pipeline_rank:
+        return args.num_virtual_stages_per_pipeline_rank
+    if args.num_layers_per_virtual_pipeline_stage:
+        per_rank = args.num_layers // args.pipeline_model_parallel_size
+        return max(1, per_rank // args.num_layers_per_virtual_pipeline_stage)
+    return 1
+
+
+def _refusals(args: argparse.Namespace):
+    """(whether it applies, the option, what to use instead)."""
+    low_precision = bool(args.fp8 or args.fp4)
+    moe_recompute = args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or [])
+    yield (
+        args.mtp_num_layers,
+        "--mtp-num-layers",
+        "multi-token prediction layers have no routing state yet; leave it out",
+    )
+    yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers cannot take the state; use none"
+    yield (
+        args.overlap_moe_expert_parallel_comm,
+        "--overlap-moe-expert-parallel-comm",
+        "its schedule splits layers apart; leave it out",
+    )
+    yield args.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"
+    yield args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"
+    yield args.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"
+    yield args.hybrid_layer_pattern, "--hybrid-layer-pattern", "only GPT models carry the state"
+    yield args.experimental_attention_variant, "--experimental-attention-variant", "leave it out"
+    yield args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "leave it out"
+    yield args.moe_use_upcycling, "--moe-use-upcycling", "up-cycle with --moe-router-type linear"
+    yield args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"
+    yield args.spec is not None, "--spec", "the router brings its own layer specification"
+    yield args.yaml_cfg is not None, "--yaml-cfg", "use --config or arguments"
+    yield low_precision and moe_recompute, "--recompute-modules moe under fp8 or fp4", "use another --recompute-modules"
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Makes ``folder`` and proves that files can be made in it. Raises UsageError otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {folder} ({error.strerror})") from error

@@ -1,0 +1,59 @@
+"""What a checkpoint says of the model that wrote it, read before anything is built."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+from rmoe_megablocks.errors import UsageError
+
+
+def latest_iteration(folder: Path | str | None) -> int | None:
+    """Iteration that Megatron's tracker file in ``folder`` names, None where there is no checkpoint."""
+    if folder is None:
+        return None
+    tracker = Path(get_checkpoint_tracker_filename(str(folder)))
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text == "release":
+        return 0
+    if not text.isdigit():
+        raise UsageError(f"--load {folder}: {tracker.name} should name an iteration but says {text[:40]!r}")
+    return int(text)
+
+
+def saved_arguments(folder: Path | str) -> argparse.Namespace | None:
+    """Arguments of the run that wrote the latest torch_dist checkpoint in ``folder``; None for other formats."""
+    iteration = latest_iteration(folder)
+    common = Path(folder) / f"iter_{iteration or 0:07d}" / "common.pt"
+    if iteration is None or not common.parent.is_dir():
+        raise UsageError(f"--load {folder}: its tracker names iteration {iteration}, but {common.parent} is missing")
+    if not common.is_file():
+        return None
+    try:
+        return torch.load(common, map_location="cpu", weights_only=False).get("args")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, AttributeError) as error:
+        raise UsageError(f"--load {folder}: {common} is damaged ({type(error).__name__})") from error
+
+
+def check_router_matches(args: argparse.Namespace) -> None:
+    """Refuses a checkpoint of another router type or state width. Raises UsageError naming both sides."""
+    if latest_iteration(args.load) is None:
+        return
+    saved = saved_arguments(args.load)
+    if saved is None:
+        return
+    saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package
+    if saved_type != args.moe_router_type:
+        raise UsageError(
+            f"--load {args.load}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
+            f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run"
+        )
+    for name in ("moe_router_rnn_hidden_size", "moe_router_rnn_bias"):
+        ours, theirs = getattr(args, name), getattr(saved, name, None)
+        if args.moe_router_type != "linear" and ours != theirs:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"--load {args.load}: the checkpoint was trained with {option} {theirs}, this run has {ours}")

@@ -1,0 +1,73 @@
+"""How the routing is doing: measured on the iterations that are logged, for every router type alike."""
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+
+
+class RoutingHealth:
+    """Sums per MoE layer, between two calls of :meth:`report`, over all micro-batches seen while :attr:`measuring`.
+
+    Only forwards that will be differentiated count: the first pass of a recomputed layer, evaluation and
+    no_grad do not.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.measuring = False
+        self._num_experts = num_experts
+        # columns: assignments to each expert, summed probability of each expert, entropy, |h|, tokens
+        self._sums_LC = torch.zeros(num_layers, 2 * num_experts + 3, dtype=torch.float64, device="cuda")
+
+    def watch(self, chunks: list[torch.nn.Module]) -> None:
+        """Observes every router of ``chunks``. Their results are passed through unchanged."""
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.routing = self._observed(module, module.routing)
+
+    def _observed(self, router: TopKRouter, routing):
+        def observed(logits: Tensor, *args, **kwargs):
+            result = routing(logits, *args, **kwargs)
+            if self.measuring and router.training and torch.is_grad_enabled():
+                self._add(router, logits.detach(), result[1])
+            return result
+
+        return observed
+
+    @torch.no_grad()
+    def _add(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:
+        scores_TE = torch.log_softmax(logits.reshape(-1, self._num_experts).float(), dim=-1)
+        probs_TE = scores_TE.exp()
+        state_norm = router.state.float().norm(dim=-1).sum() if isinstance(router, RecurrentTopKRouter) else 0.0
+        experts = self._num_experts
+        row = self._sums_LC[router.layer_number - 1]
+        row[:experts] += routing_map_TE.sum(0)
+        row[experts : 2 * experts] += probs_TE.sum(0)
+        row[-3] -= (probs_TE * scores_TE).sum()
+        row[-2] += state_norm
+        row[-1] += len(probs_TE)
+
+    def report(self) -> dict[str, list[float]]:
+        """Means since the last report, one entry a MoE layer, the same on every rank (a collective call).
+
+        ``load_balancing_loss``: E * sum_e f_e P_e, 1 when even. ``busiest_expert_share``: of all assignments,
+        1/E when even. ``router_entropy``: nats, log(E) when flat. ``state_norm``: mean |h|, absent without a state.
+        """
+        torch.distributed.all_reduce(self._sums_LC)
+        sums_LC = self._sums_LC[self._sums_LC[:, -1] > 0].cpu()  # dense layers have no row
+        self._sums_LC.zero_()
+        experts = self._num_experts
+        tokens_L1 = sums_LC[:, -1:]
+        load_LE = sums_LC[:, :experts] / sums_LC[:, :experts].sum(-1, keepdim=True)
+        means_LC = sums_LC[:, experts:] / tokens_L1
+        health = {
+            "load_balancing_loss": (experts * (load_LE * means_LC[:, :experts]).sum(-1)).tolist(),
+            "busiest_expert_share": load_LE.amax(-1).tolist() if len(load_LE) else [],
+            "router_entropy": means_LC[:, -3].tolist(),
+            "state_norm": means_LC[:, -2].tolist(),
+        }
+        if not any(health["state_norm"]):
+            del health["state_norm"]
+        return health

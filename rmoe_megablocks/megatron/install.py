@@ -1,0 +1,87 @@
+"""Puts the recurrent router into a Megatron model that is about to be built."""
+
+import dataclasses
+from functools import partial
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.layer import RecurrentMoELayer, RecurrentTransformerLayer
+from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.shared import SharedRecurrence
+from rmoe_megablocks.megatron.stage_boundary import StateP2PCommunicator
+from rmoe_megablocks.routing import RoutingConfig, get_router_type
+
+
+def install_router(model_config: GPTModelConfig, args) -> None:
+    """Makes ``model_config`` build a model with the router that ``--moe-router-type`` names.
+
+    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model is left untouched.
+
+    Args:
+        model_config: from ``gpt_config_from_args``; changed in place.
+        args: parsed arguments, see :mod:`.arguments`.
+    """
+    router_type = get_router_type(args.moe_router_type)
+    if not router_type.recurrent:
+        return
+    config = model_config.transformer
+    config.moe_router_type = router_type.name
+    config.routing = RoutingConfig(
+        hidden_size=config.hidden_size,
+        num_experts=config.num_moe_experts,
+        state_size=args.moe_router_rnn_hidden_size,
+        bias=args.moe_router_rnn_bias,
+        rnn_init=args.moe_router_rnn_init,
+        init_method=config.init_method,
+    )
+    config.router_state_size = router_type.state_size(config.routing)
+    config.has_cond_embedder = True  # finalize_model_grads sums the gradients of SharedRecurrence over stages
+    model_config.transformer_layer_spec = recurrent_block_spec
+    model_config.pre_wrap_hooks.append(partial(connect_stages, seed=args.seed))
+    megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
+
+
+def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's own layer specs of this stage with our layer, MoE layer and router in their places."""
+    block = default_layer_spec(model_config, vp_stage)
+    return dataclasses.replace(block, layer_specs=[_recurrent_layer_spec(spec) for spec in block.layer_specs])
+
+
+def _recurrent_layer_spec(spec: ModuleSpec) -> ModuleSpec:
+    if spec.module is not TransformerLayer:
+        raise UsageError(f"--moe-router-type: layers of type {spec.module.__name__} cannot hand on a routing state")
+    submodules = spec.submodules
+    if getattr(submodules.mlp, "func", None) is MoELayer:
+        moe = dataclasses.replace(submodules.mlp.keywords["submodules"], router=RecurrentTopKRouter)
+        submodules = dataclasses.replace(submodules, mlp=partial(RecurrentMoELayer, submodules=moe))
+    return dataclasses.replace(spec, module=RecurrentTransformerLayer, submodules=submodules)
+
+
+def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
+    """Gives this process's model chunks their shared recurrence and marks where the state enters and leaves.
+
+    Runs before Megatron wraps the chunks in Float16Module and DDP, so that both see the shared parameters. They
+    are registered at model level: their name does not depend on which layers a stage holds.
+    """
+    shared = SharedRecurrence(chunks[0].config, chunks[0].pg_collection, seed)
+    chunks[0].rnn_router = shared
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+        if len(layers) == 0:
+            raise UsageError(
+                "--moe-router-type: a pipeline stage without transformer layers cannot hand the routing state on; "
+                "give every stage at least one (--num-layers, --pipeline-model-parallel-layout)"
+            )
+        layers[0].receives_state = not chunk.pre_process
+        layers[-1].sends_state = not chunk.post_process
+        for module in chunk.modules():
+            if isinstance(module, RecurrentTopKRouter):
+                module.bind(shared)
+    return chunks

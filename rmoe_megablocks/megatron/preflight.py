@@ -1,0 +1,40 @@
+"""Everything that can be refused is refused here, in one process, before torchrun starts the others."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rmoe_megablocks.compat import megatron_cpu
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.run import Run, resolve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to start a run: processes on this machine, and the run as one of them will see it."""
+
+    nproc_per_node: int
+    run: Run
+
+
+def check(argv: Sequence[str], nproc_per_node: int | None = None, nnodes: int = 1) -> Plan:
+    """Checks a run. Raises UsageError with one clear line for whatever would stop it.
+
+    Args:
+        argv: Megatron's arguments and ours, the configuration file's included.
+        nproc_per_node: processes a machine; by default all GPUs, or without GPUs as many as one replica takes.
+        nnodes: machines.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # the workers will say it again
+        if nproc_per_node is None:
+            nproc_per_node = _processes(arguments.layout_size(arguments.parse(argv)), nnodes)
+        return Plan(nproc_per_node, resolve(argv, world_size=nproc_per_node * nnodes))
+
+
+def _processes(layout_size: int, nnodes: int) -> int:
+    if not megatron_cpu.active():
+        return torch.cuda.device_count()
+    return -(-layout_size // nnodes)

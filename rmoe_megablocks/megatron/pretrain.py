@@ -1,0 +1,175 @@
+"""The training entry: Megatron's own loop on our arguments, model and data."""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.global_vars import set_global_variables
+
+from rmoe_megablocks import data
+from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.megatron import batches, evaluation
+from rmoe_megablocks.megatron.health import RoutingHealth
+from rmoe_megablocks.megatron.install import install_router
+from rmoe_megablocks.megatron.reporting import Reporter, megatron_output_to
+from rmoe_megablocks.megatron.run import Run, resolve
+
+Model = list[torch.nn.Module]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains, evaluates and sums up one run in this process, one rank of it.
+
+    Args:
+        argv: Megatron's arguments and ours, see :mod:`.arguments`.
+
+    Raises:
+        UsageError: bad input, before training.
+    """
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        run = resolve(argv)
+    with megatron_output_to(run.folder / "logs"):
+        return _train(run)
+
+
+def run_megatron(args: argparse.Namespace, on_model: Callable[[Model], None]) -> None:
+    """Builds the model that ``args`` describe and hands it to Megatron's training loop.
+
+    ``on_model`` sees the model chunks once they are wrapped, before the optimizer exists.
+    """
+    set_global_variables(args)
+    model_config = gpt_config_from_args(args)
+    install_router(model_config, args)
+
+    def hook(chunks: Model) -> Model:
+        on_model(chunks)
+        return chunks
+
+    model_config.post_wrap_hooks.append(hook)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        batches.datasets_provider,
+        ModelType.encoder_or_decoder,
+        batches.forward_step,
+    )
+
+
+def _train(run: Run) -> int:
+    args = run.args
+    model: Model = []
+    reporters: list[Reporter] = []
+
+    def on_model(chunks: Model) -> None:
+        model.extend(chunks)
+        health = RoutingHealth(args.num_layers, args.num_experts) if args.num_experts else None
+        if health is not None:
+            health.watch(chunks)
+        metadata = run.metadata
+        bytes_per_token = metadata.splits["train"].bytes / metadata.splits["train"].tokens if metadata else None
+        reporter = Reporter(run.folder, bytes_per_token, health)
+        reporters.append(reporter)
+        megatron_hooks.observe_training_log(reporter.on_iteration)
+        _announce(reporter, run)
+        reporter.start()
+
+    try:
+        run_megatron(args, on_model)
+    except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
+        reporters[0].close()
+        reporters[0].say(
+            f"stopped at iteration {get_args().curr_iteration}: checkpoint in {args.save}; the same command resumes"
+        )
+        return exit.code or 0
+    reporter = reporters[0]
+    reporter.close()
+    summary = summarise(run, model, reporter)
+    torch.distributed.destroy_process_group()
+    return 0 if summary else 1
+
+
+def _announce(reporter: Reporter, run: Run) -> None:
+    """Tells what runs where, and leaves the resolved arguments in the run's folder."""
+    args = run.args
+    for note in run.notes:
+        reporter.say(note)
+    reporter.say(f"{args.run_name}: {args.moe_router_type} router, {layout(args)}; files in {run.folder}")
+    if torch.distributed.get_rank() == 0:
+        (run.folder / "config.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": _plain(vars(args))}))
+
+
+def _plain(values: dict) -> dict:
+    """Arguments under their option names, in types that YAML knows."""
+    simple = (bool, int, float, str, type(None))
+    return {
+        "--" + name.replace("_", "-"): value if isinstance(value, simple) else str(value)
+        for name, value in sorted(values.items())
+    }
+
+
+def layout(args: argparse.Namespace) -> str:
+    """The parallel layout in a few letters, as "PP2 DP2"."""
+    sizes = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "VPP": args.virtual_pipeline_model_parallel_size or 1,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 process"
+
+
+def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
+    """Exact validation and test results beside the bigram baseline, in summary.json and on the terminal."""
+    args = run.args
+    totals = reporter.totals()
+    summary = {
+        "router": args.moe_router_type,
+        "layout": layout(args),
+        "iterations": args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration,
+        "tokens": totals["tokens"],
+        "seconds": totals["seconds"],
+        "seed": args.seed,
+        "peak_memory_bytes": _peak_memory(),
+    }
+    if run.metadata is not None:
+        for split in ("valid", "test"):
+            split_bytes = run.metadata.splits[split].bytes
+            summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
+        summary["bigram_bpc"] = bigram_bpc(run.dataset, run.metadata)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        temporary = run.folder / "summary.json.new"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(run.folder / "summary.json")
+    if run.metadata is not None:
+        reporter.say(
+            f"test {summary['test_bpc']:.3f} bpc, valid {summary['valid_bpc']:.3f} bpc "
+            f"(a bigram model of the same training text: {summary['bigram_bpc']:.3f}); {run.folder / 'summary.json'}"
+        )
+    return summary
+
+
+def bigram_bpc(dataset: Path, metadata: data.DatasetMetadata) -> float:
+    """Bits per byte of a bigram model, counted on the training split, on the test split."""
+    train, test = (data.read_tokens(dataset / split) for split in ("train", "test"))
+    return data.bigram_bits_per_byte(train, test, metadata.splits["test"].bytes, metadata.vocab_size)
+
+
+def _peak_memory() -> int:
+    """Bytes of the process that needed most, on this host's processors or its GPU."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if torch.cuda.is_available():
+        own = max(torch.cuda.max_memory_allocated(), 0) or own
+    peak = torch.tensor([own], dtype=torch.int64, device="cuda")
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return int(peak.item())

@@ -1,0 +1,141 @@
+"""A run: its arguments made complete, its folder and its data, checked before anything is built."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rmoe_megablocks import data
+from rmoe_megablocks.data import DataError
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import arguments, checkpoints
+
+DATA_ARGUMENTS = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
+SPLITS = ("train", "valid", "test")
+
+
+@dataclasses.dataclass
+class Run:
+    """What the entry needs beside Megatron's arguments.
+
+    Attributes:
+        args: arguments, complete and validated by :func:`resolve`.
+        folder: RUNS_DIR/RUN_NAME; metrics, summary, logs and, unless --save says otherwise, checkpoints.
+        dataset: folder of the prepared dataset, None for Megatron's own data arguments without one.
+        metadata: of the dataset; bits per byte need its byte counts.
+        notes: lines to tell the user.
+    """
+
+    args: argparse.Namespace
+    folder: Path
+    dataset: Path | None
+    metadata: "data.DatasetMetadata | None"
+    notes: list[str]
+
+
+def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
+    """Parses and completes ``argv`` and checks everything that can be checked without building a model.
+
+    Args:
+        argv: Megatron's arguments and ours.
+        world_size: number of processes, None to take what torchrun says.
+
+    Raises:
+        UsageError: one clear line.
+    """
+    args = arguments.parse(argv)
+    notes = arguments.fill_defaults(args)
+    if world_size is not None:
+        args.world_size = world_size
+    check_world_size(args)
+    arguments.check_router_arguments(args)
+    folder = Path(args.runs_dir) / args.run_name
+    _choose_folders(args, folder)
+    try:
+        dataset, metadata = _choose_data(args)
+    except DataError as error:
+        raise UsageError(str(error)) from error
+    checkpoints.check_router_matches(args)
+    arguments.validate(args)
+    del args.explicit
+    return Run(args, folder, dataset, metadata, notes)
+
+
+def check_world_size(args: argparse.Namespace) -> None:
+    """Refuses fewer processes than one replica takes, and numbers that replicas do not divide."""
+    size = arguments.layout_size(args)
+    if args.world_size < size or args.world_size % size:
+        raise UsageError(
+            f"{args.world_size} process{'es' * (args.world_size != 1)} for a layout of {size} "
+            f"(tensor {args.tensor_model_parallel_size} x pipeline {args.pipeline_model_parallel_size} x context "
+            f"{args.context_parallel_size}, experts over {args.expert_model_parallel_size}): "
+            f"start a multiple of {size} with --nproc-per-node, or change the layout"
+        )
+
+
+def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
+    arguments.check_writable(folder, "--runs-dir")
+    if args.save is None:
+        args.save = str(folder / "checkpoints")
+    arguments.check_writable(Path(args.save), "--save")
+    if args.load is None and checkpoints.latest_iteration(args.save) is not None:
+        args.load = args.save  # the same command again resumes
+    elif args.load is not None and args.load != args.save and checkpoints.latest_iteration(args.load) is None:
+        raise UsageError(f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is missing)")
+    if args.save_interval is None:
+        args.save_interval = args.train_iters or 1000
+    if args.eval_interval is None:
+        args.eval_interval = args.train_iters or 1000
+    if args.tensorboard_dir is None:
+        args.tensorboard_dir = str(folder / "tensorboard")
+    if args.data_cache_path is None:
+        args.data_cache_path = str(folder / "data_cache")
+
+
+def _choose_data(args: argparse.Namespace) -> tuple[Path | None, "data.DatasetMetadata | None"]:
+    """Fills Megatron's data and tokenizer arguments from a prepared dataset, ours by default."""
+    if args.mock_data:
+        return None, None
+    given = [name for name in DATA_ARGUMENTS if getattr(args, name)]
+    if args.dataset and given:
+        raise UsageError(f"--dataset and --{given[0].replace('_', '-')} both name the data: keep one")
+    if given:
+        _check_prefixes(args)
+        return None, None
+    if args.dataset:
+        dataset = Path(args.dataset)
+    else:
+        dataset = Path(args.runs_dir) / "data" / "enwik8_1mb"
+        data.prepare_embedded(dataset)
+    metadata = data.DatasetMetadata.load(dataset)
+    _choose_tokenizer(args, dataset, metadata)
+    for split in SPLITS:
+        setattr(args, f"{split}_data_path", [str(dataset / split)])
+    return dataset, metadata
+
+
+def _check_prefixes(args: argparse.Namespace) -> None:
+    for name in ("data_path", *(f"{split}_data_path" for split in SPLITS)):
+        for word in getattr(args, name) or []:
+            if word.replace(".", "", 1).isdigit():  # a blending weight
+                continue
+            for suffix in (".bin", ".idx"):
+                if not Path(word + suffix).is_file():
+                    option = "--" + name.replace("_", "-")
+                    raise UsageError(f"{option} {word}: {word}{suffix} does not exist; make it with 'rmoe data prepare'")
+
+
+def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: "data.DatasetMetadata") -> None:
+    kinds = {"bytes": "NullTokenizer", "sentencepiece": "SentencePieceTokenizer"}
+    if args.tokenizer_type is None:
+        args.tokenizer_type = kinds[metadata.tokenizer]
+    elif args.tokenizer_type != kinds[metadata.tokenizer]:
+        raise UsageError(
+            f"--tokenizer-type {args.tokenizer_type} does not match the dataset {dataset}, which was tokenized by "
+            f"{metadata.tokenizer}: leave it out or use {kinds[metadata.tokenizer]}"
+        )
+    if metadata.tokenizer == "bytes":
+        args.vocab_size = args.vocab_size or metadata.vocab_size
+    elif args.tokenizer_model is None:
+        raise UsageError(f"--tokenizer-model: the dataset {dataset} was tokenized by {metadata.tokenizer_model}; name it")
+    data.check_tokenizer(metadata, metadata.tokenizer, args.tokenizer_model, args.vocab_size)

@@ -1,0 +1,44 @@
+"""What a router needs to know, whichever host builds it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+Init = Callable[[torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Sizes and initialisation of a router.
+
+    Args:
+        hidden_size: H, width of the hidden states.
+        num_experts: E, number of logits a token gets.
+        state_size: P, width of the routing state (Megatron argument ``--moe-router-rnn-hidden-size``).
+        bias: whether projector and router have biases. The paper's 0.91B model has none, its small ones do.
+        rnn_init: ``"standard"`` draws the recurrent cell's weights and biases from U(-1/sqrt(P), 1/sqrt(P)), as
+            the 0.91B model does; ``"init_method"`` draws its weights by ``init_method`` and zeroes its biases.
+        init_method: fills a weight matrix in place; default N(0, 0.02).
+
+    Raises:
+        ValueError: a size below 1 or an unknown ``rnn_init``.
+    """
+
+    hidden_size: int
+    num_experts: int
+    state_size: int = 128
+    bias: bool = False
+    rnn_init: str = "standard"
+    init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_experts", "state_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rnn_init not in RNN_INITS:
+            raise ValueError(f"rnn_init must be one of {', '.join(RNN_INITS)}, got {self.rnn_init!r}")
+
+
+RNN_INITS = ("standard", "init_method")

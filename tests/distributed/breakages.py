@@ -1,0 +1,42 @@
+"""Faults that a test run plants to see that something notices."""
+
+import contextlib
+from unittest import mock
+
+from rmoe_megablocks.megatron import install, layer, stage_boundary
+from rmoe_megablocks.megatron.shared import SharedRecurrence
+
+
+@contextlib.contextmanager
+def _detached_state():
+    pack = stage_boundary.pack
+    with mock.patch.object(layer.stage_boundary, "pack", lambda x, h, config: pack(x, h.detach(), config)):
+        yield
+
+
+@contextlib.contextmanager
+def _changed_parameters(**attributes):
+    original = SharedRecurrence.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        for parameter in self.parameters():
+            for name, value in attributes.items():
+                setattr(parameter, name, value)
+
+    with mock.patch.object(install.SharedRecurrence, "__init__", init):
+        yield
+
+
+_BREAKAGES = {
+    None: contextlib.nullcontext,
+    "detached state": _detached_state,
+    "no gradient sync over stages": lambda: _changed_parameters(pipeline_parallel=False),
+    "counted on every stage": lambda: _changed_parameters(shared=False),
+    "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
+}
+
+
+def applied(name: str | None):
+    """Context in which the named fault is planted."""
+    return _BREAKAGES[name]()

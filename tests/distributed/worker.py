@@ -1,0 +1,117 @@
+"""Runs training cases one after another in one process group: ``torchrun -m tests.distributed.worker CASES.json OUT``.
+
+A case is {"name", "argv", "collect": [...], "break": "..."}. Every rank writes OUT/NAME.RANK.pt with its losses and
+gradient norms by iteration and whatever ``collect`` asks for.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
+from megatron.core import mpu
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import unwrap_model
+from megatron.training import training
+
+from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
+from rmoe_megablocks.megatron.run import resolve
+from tests.distributed import breakages, traffic
+
+
+def global_parameters(chunks):
+    """(name that does not depend on the layout, parameter) of this process."""
+    for chunk in unwrap_model(chunks):
+        offsets = {
+            f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
+            for i, layer in enumerate(chunk.decoder.layers)
+        }
+        for name, parameter in chunk.named_parameters():
+            for local, everywhere in offsets.items():
+                if name.startswith(local):
+                    name = everywhere + name.removeprefix(local)
+                    break
+            yield name, parameter
+
+
+class Recorder:
+    """Collects what a case asks for while Megatron trains."""
+
+    def __init__(self, collect: list[str]) -> None:
+        self.collect = set(collect)
+        self.result = {"loss": [], "grad_norm": [], "states": {}, "gradients": {}, "weights": {}}
+        self.chunks = []
+
+    def on_model(self, chunks):
+        self.chunks = chunks
+        if "states" in self.collect:
+            for chunk in unwrap_model(chunks):
+                for layer in chunk.decoder.layers:
+                    if isinstance(layer, RecurrentTransformerLayer):
+                        layer.register_forward_hook(self._record_state)
+
+    def _record_state(self, layer, args, output):
+        if layer.training and torch.is_grad_enabled():
+            self.result["states"].setdefault(layer.layer_number, []).append(output[1].detach().clone())
+
+    def on_iteration(self, *, loss_dict, learning_rate, iteration, skipped_iter, grad_norm):
+        loss = torch.zeros(1, dtype=torch.float64)
+        if loss_dict:
+            loss[0] = float(loss_dict["lm loss"])
+        last = torch.distributed.get_world_size() - 1
+        torch.distributed.broadcast(loss, last)
+        self.result["loss"].append(loss.item())
+        self.result["grad_norm"].append(float(grad_norm))
+        if "gradients" in self.collect and iteration == 1:
+            self.result["gradients"] = {n: p.main_grad.detach().clone() for n, p in global_parameters(self.chunks)}
+
+    def finish(self):
+        if "weights" in self.collect:
+            self.result["weights"] = {n: p.detach().clone() for n, p in global_parameters(self.chunks)}
+        return self.result
+
+
+def run_case(case: dict) -> dict:
+    recorder = Recorder(case.get("collect", []))
+    with breakages.applied(case.get("break")), traffic.counted("traffic" in recorder.collect) as counts:
+        args = resolve(case["argv"]).args
+        megatron_hooks.observe_training_log(recorder.on_iteration)
+        try:
+            pretrain.run_megatron(args, on_model=recorder.on_model)
+        except SystemExit as exit:
+            recorder.result["exit"] = exit.code
+        return recorder.finish() | {"pipeline_rank": mpu.get_pipeline_model_parallel_rank(), "traffic": counts}
+
+
+def main(cases_file: str, out: str) -> None:
+    rank = int(os.environ["RANK"])
+    only = os.environ.get("CASES")
+    for case in json.loads(Path(cases_file).read_text()):
+        if only and case["name"] not in only.split(","):
+            continue
+        log = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(log):
+                result = run_case(case)
+        except Exception:  # reported by the test that reads the result
+            result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
+        torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
+        if "error" in result:
+            print(result["error"], file=sys.stderr)
+            os._exit(1)  # the other ranks may wait for this one
+        get_moe_metrics_tracker().clear()
+        training.destroy_global_state()
+        gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
