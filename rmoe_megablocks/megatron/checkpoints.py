@@ -56,4 +56,6 @@ def check_router_matches(args: argparse.Namespace) -> None:
         ours, theirs = getattr(args, name), getattr(saved, name, None)
         if args.moe_router_type != "linear" and ours != theirs:
             option = "--" + name.replace("_", "-")
-            raise UsageError(f"--load {args.load}: the checkpoint was trained with {option} {theirs}, this run has {ours}")
+            raise UsageError(
+                f"--load {args.load}: the checkpoint was trained with {option} {theirs}, this run has {ours}"
+            )

@@ -32,7 +32,9 @@ def _mean_loss(model: list[torch.nn.Module], tokens: np.ndarray) -> float:
     iterations = math.ceil(windows / args.eval_global_batch_size)
 
     def iterator() -> Iterator[dict[str, torch.Tensor]]:
-        return _micro_batches(tokens, args.seq_length, args.eval_micro_batch_size, iterations * args.eval_global_batch_size)
+        return _micro_batches(
+            tokens, args.seq_length, args.eval_micro_batch_size, iterations * args.eval_global_batch_size
+        )
 
     with _evaluation_micro_batch(args):
         losses, _, _ = training.evaluate(

@@ -33,19 +33,24 @@ def install_router(model_config: GPTModelConfig, args) -> None:
         return
     config = model_config.transformer
     config.moe_router_type = router_type.name
-    config.routing = RoutingConfig(
-        hidden_size=config.hidden_size,
-        num_experts=config.num_moe_experts,
-        state_size=args.moe_router_rnn_hidden_size,
-        bias=args.moe_router_rnn_bias,
-        rnn_init=args.moe_router_rnn_init,
-        init_method=config.init_method,
-    )
+    config.routing = routing_config(args, config.init_method)
     config.router_state_size = router_type.state_size(config.routing)
     config.has_cond_embedder = True  # finalize_model_grads sums the gradients of SharedRecurrence over stages
     model_config.transformer_layer_spec = recurrent_block_spec
     model_config.pre_wrap_hooks.append(partial(connect_stages, seed=args.seed))
     megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
+
+
+def routing_config(args, init_method) -> RoutingConfig:
+    """The router's sizes and initialisation from parsed arguments."""
+    return RoutingConfig(
+        hidden_size=args.hidden_size,
+        num_experts=args.num_experts,
+        state_size=args.moe_router_rnn_hidden_size,
+        bias=args.moe_router_rnn_bias,
+        rnn_init=args.moe_router_rnn_init,
+        init_method=init_method,
+    )
 
 
 def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -71,7 +76,7 @@ def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
     are registered at model level: their name does not depend on which layers a stage holds.
     """
     shared = SharedRecurrence(chunks[0].config, chunks[0].pg_collection, seed)
-    chunks[0].rnn_router = shared
+    shared.register(chunks[0])
     for chunk in chunks:
         layers = chunk.decoder.layers
         if len(layers) == 0:

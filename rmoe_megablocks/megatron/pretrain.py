@@ -7,7 +7,6 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import yaml
@@ -98,22 +97,14 @@ def _train(run: Run) -> int:
 
 
 def _announce(reporter: Reporter, run: Run) -> None:
-    """Tells what runs where, and leaves the resolved arguments in the run's folder."""
+    """Tells what runs where; leaves the run's configuration, fit for --config, and all arguments in its folder."""
     args = run.args
     for note in run.notes:
         reporter.say(note)
     reporter.say(f"{args.run_name}: {args.moe_router_type} router, {layout(args)}; files in {run.folder}")
     if torch.distributed.get_rank() == 0:
-        (run.folder / "config.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": _plain(vars(args))}))
-
-
-def _plain(values: dict) -> dict:
-    """Arguments under their option names, in types that YAML knows."""
-    simple = (bool, int, float, str, type(None))
-    return {
-        "--" + name.replace("_", "-"): value if isinstance(value, simple) else str(value)
-        for name, value in sorted(values.items())
-    }
+        (run.folder / "config.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": run.config}, sort_keys=False))
+        (run.folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=2, sort_keys=True))
 
 
 def layout(args: argparse.Namespace) -> str:
@@ -146,7 +137,7 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
         for split in ("valid", "test"):
             split_bytes = run.metadata.splits[split].bytes
             summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
-        summary["bigram_bpc"] = bigram_bpc(run.dataset, run.metadata)
+        summary["bigram_bpc"] = data.dataset_bigram_bits_per_byte(run.dataset, "test")
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         temporary = run.folder / "summary.json.new"
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
@@ -157,12 +148,6 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
             f"(a bigram model of the same training text: {summary['bigram_bpc']:.3f}); {run.folder / 'summary.json'}"
         )
     return summary
-
-
-def bigram_bpc(dataset: Path, metadata: data.DatasetMetadata) -> float:
-    """Bits per byte of a bigram model, counted on the training split, on the test split."""
-    train, test = (data.read_tokens(dataset / split) for split in ("train", "test"))
-    return data.bigram_bits_per_byte(train, test, metadata.splits["test"].bytes, metadata.vocab_size)
 
 
 def _peak_memory() -> int:

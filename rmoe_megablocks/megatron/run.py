@@ -5,10 +5,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rmoe_megablocks import data
-from rmoe_megablocks.data import DataError
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, checkpoints
+from rmoe_megablocks.megatron.install import routing_config
+from rmoe_megablocks.megatron.shared import leaves_ranks_without_share
+from rmoe_megablocks.routing import get_router_type
 
 DATA_ARGUMENTS = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
 SPLITS = ("train", "valid", "test")
@@ -24,13 +28,15 @@ class Run:
         dataset: folder of the prepared dataset, None for Megatron's own data arguments without one.
         metadata: of the dataset; bits per byte need its byte counts.
         notes: lines to tell the user.
+        config: MODEL_ARGS that start the same run.
     """
 
     args: argparse.Namespace
     folder: Path
     dataset: Path | None
-    metadata: "data.DatasetMetadata | None"
+    metadata: data.DatasetMetadata | None
     notes: list[str]
+    config: dict[str, object]
 
 
 def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
@@ -51,14 +57,24 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     arguments.check_router_arguments(args)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder)
-    try:
-        dataset, metadata = _choose_data(args)
-    except DataError as error:
-        raise UsageError(str(error)) from error
+    dataset, metadata = _choose_data(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
+    notes += _choose_optimizer_checkpoint(args)
     del args.explicit
-    return Run(args, folder, dataset, metadata, notes)
+    return Run(args, folder, dataset, metadata, notes, _as_config(argv))
+
+
+def _as_config(argv: Sequence[str]) -> dict[str, object]:
+    """The arguments as a configuration file spells them; the last of a repeated one, as the parser takes it."""
+    options: dict[str, list[str]] = {}
+    for word in argv:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            options[name] = values = [value] if value else []
+        else:
+            values.append(word)
+    return {name: values if len(values) > 1 else values[0] if values else True for name, values in options.items()}
 
 
 def check_world_size(args: argparse.Namespace) -> None:
@@ -92,7 +108,19 @@ def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
         args.data_cache_path = str(folder / "data_cache")
 
 
-def _choose_data(args: argparse.Namespace) -> tuple[Path | None, "data.DatasetMetadata | None"]:
+def _choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
+    """Picks the optimizer checkpoint format that can hold a small shared recurrence over many data-parallel ranks."""
+    router_type = get_router_type(args.moe_router_type)
+    if not (router_type.recurrent and args.use_distributed_optimizer) or args.dist_ckpt_optim_fully_reshardable:
+        return []
+    ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    if not leaves_ranks_without_share(router_type, routing_config(args, torch.nn.init.zeros_), ranks):
+        return []
+    args.dist_ckpt_optim_fully_reshardable = True
+    return [f"the shared recurrence is small for {ranks} data-parallel ranks: --dist-ckpt-optim-fully-reshardable"]
+
+
+def _choose_data(args: argparse.Namespace) -> tuple[Path | None, data.DatasetMetadata | None]:
     """Fills Megatron's data and tokenizer arguments from a prepared dataset, ours by default."""
     if args.mock_data:
         return None, None
@@ -122,10 +150,12 @@ def _check_prefixes(args: argparse.Namespace) -> None:
             for suffix in (".bin", ".idx"):
                 if not Path(word + suffix).is_file():
                     option = "--" + name.replace("_", "-")
-                    raise UsageError(f"{option} {word}: {word}{suffix} does not exist; make it with 'rmoe data prepare'")
+                    raise UsageError(
+                        f"{option} {word}: {word}{suffix} does not exist; make it with 'rmoe data prepare'"
+                    )
 
 
-def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: "data.DatasetMetadata") -> None:
+def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: data.DatasetMetadata) -> None:
     kinds = {"bytes": "NullTokenizer", "sentencepiece": "SentencePieceTokenizer"}
     if args.tokenizer_type is None:
         args.tokenizer_type = kinds[metadata.tokenizer]
@@ -137,5 +167,7 @@ def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: "data.D
     if metadata.tokenizer == "bytes":
         args.vocab_size = args.vocab_size or metadata.vocab_size
     elif args.tokenizer_model is None:
-        raise UsageError(f"--tokenizer-model: the dataset {dataset} was tokenized by {metadata.tokenizer_model}; name it")
+        raise UsageError(
+            f"--tokenizer-model: the dataset {dataset} was tokenized by {metadata.tokenizer_model}; name it"
+        )
     data.check_tokenizer(metadata, metadata.tokenizer, args.tokenizer_model, args.vocab_size)

@@ -1,12 +1,14 @@
 """The recurrence that every MoE layer on every pipeline stage uses, kept one and the same everywhere."""
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
-from rmoe_megablocks.routing import get_router_type
+from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
 
 class SharedRecurrence(MegatronModule):
@@ -14,11 +16,13 @@ class SharedRecurrence(MegatronModule):
 
     What keeps the copies identical: the same seed at the start (:meth:`__init__`), gradients summed over stages
     (``pipeline_parallel`` together with ``config.has_cond_embedder``, finalize_model_grads.py), one copy counted in
-    the gradient norm (``shared``), and a bucket of its own in the gradient buffer (``shared_embedding``): the sum
-    over stages runs after the data-parallel reduce-scatter, so its shards must line up on all stages.
+    the gradient norm (``shared``), and gradient buckets of its own: the sum over stages runs after the data-parallel
+    reduce-scatter, so its shards must line up on all stages. Buckets are filled from the last registered parameter
+    to the first, and ``shared_embedding`` gives a parameter its own (distrib_optimizer.py:531): with it on our last
+    one, and this module the first of the model (:meth:`register`), the rest of ours has the buffer's last bucket.
 
-    The parameters stay fp32 in a bf16 or fp16 model. They collect gradients from all layers, and the partial sums
-    of the stages must add up to what one process sums.
+    In a bf16 or fp16 model its gradients bypass the parameters' dtype on their way to Megatron's fp32 gradient
+    buffer. Autograd would sum the contributions of all layers in bf16, and stages would disagree with one process.
     """
 
     def __init__(self, config, pg_collection: ProcessGroupCollection, seed: int) -> None:
@@ -26,25 +30,24 @@ class SharedRecurrence(MegatronModule):
         self.pg_collection = pg_collection
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # Megatron seeds stages differently, these copies must start alike
-            self.cell: nn.Module = get_router_type(config.moe_router_type).build_shared(config.routing)
+            self.cell = get_router_type(config.moe_router_type).build_shared(config.routing)
+        self.cell.cast = _GradientInBuffer.apply
         for parameter in self.parameters():
             parameter.pipeline_parallel = True
             parameter.shared = pg_collection.pp.rank() != 0
-            parameter.shared_embedding = True
             parameter.sequence_parallel = config.sequence_parallel
+        *_, last = self.parameters()
+        last.shared_embedding = True
 
-    def forward(self, p_TP, h_TP):
+    def register(self, chunk: nn.Module) -> None:
+        """Makes this the first submodule of a model chunk: needed first in the forward pass, complete last in the
+        backward pass, and so in the gradient buffer."""
+        chunk.rnn_router = self
+        chunk._modules = {"rnn_router": chunk._modules.pop("rnn_router"), **chunk._modules}
+
+    def forward(self, p_TP: Tensor, h_TP: Tensor | None) -> Tensor:
         """One step of the recurrence, see :class:`rmoe_megablocks.routing.RouterType`."""
         return self.cell(p_TP, h_TP)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Follows the model from device to device, not from fp32 to bf16 (Float16Module converts everything)."""
-
-        def keep_dtype(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The same tensors on every stage: replicas of one, told apart by pipeline, tensor and data rank."""
@@ -56,3 +59,40 @@ class SharedRecurrence(MegatronModule):
             )
             for name, tensor in self.state_dict(keep_vars=True).items()
         }
+
+
+def leaves_ranks_without_share(router_type: RouterType, routing: RoutingConfig, ranks: int) -> bool:
+    """Whether a bucket of :class:`SharedRecurrence` is too small for each of ``ranks`` data-parallel ranks to own a
+    part of it, which Megatron's default optimizer checkpoint cannot express (distrib_optimizer.py:1891)."""
+    with torch.device("meta"):
+        *others, last = router_type.build_shared(routing).parameters()
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    for bucket in (others, [last]):
+        layout = DistributedOptimizer._compute_per_buffer_param_layout(bucket, None, ranks, config)
+        ((start, end),) = layout.bucket_indices
+        if layout.per_bucket_numel_unpadded[0] <= (end - start) // ranks * (ranks - 1):
+            return True
+    return False
+
+
+class _GradientInBuffer(torch.autograd.Function):
+    """A parameter in the dtype it is computed in; its gradient goes straight into ``main_grad``.
+
+    The protocol of Megatron's fused weight gradients (tensor_parallel/layers.py, gradient_accumulation_fusion):
+    ``grad_added_to_main_grad`` tells DDP's hook that there is nothing left to add, and a placeholder gradient
+    makes that hook run.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        parameter = ctx.parameter
+        if parameter.dtype == grad.dtype or not hasattr(parameter, "main_grad"):
+            return grad.to(parameter.dtype), None
+        parameter.main_grad.add_(grad)
+        parameter.grad_added_to_main_grad = True
+        return torch.zeros_like(parameter), None

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.kernels import gru_step
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.registry import RouterType, register
+from rmoe_megablocks.routing.registry import RouterType, SharedCell, register
 
 
-class GRUCell(nn.Module):
+class GRUCell(SharedCell):
     """torch.nn.GRUCell's arithmetic and parameter names, with input and state of one width P.
 
     Parameters: weight_ih, weight_hh [3P, P], bias_ih, bias_hh [3P], gates in the order reset, update, candidate.
@@ -19,10 +19,10 @@ class GRUCell(nn.Module):
     def __init__(self, config: RoutingConfig) -> None:
         super().__init__()
         size = config.state_size
-        self.weight_ih = nn.Parameter(torch.empty(3 * size, size))
-        self.weight_hh = nn.Parameter(torch.empty(3 * size, size))
         self.bias_ih = nn.Parameter(torch.empty(3 * size))
         self.bias_hh = nn.Parameter(torch.empty(3 * size))
+        self.weight_ih = nn.Parameter(torch.empty(3 * size, size))
+        self.weight_hh = nn.Parameter(torch.empty(3 * size, size))  # a large one last, see SharedCell
         self._config = config
         self.reset_parameters()
 
@@ -42,7 +42,7 @@ class GRUCell(nn.Module):
         """p_TP [T, P], h_TP [T, P] or None for h_0 = 0 -> the next state [T, P], in the dtype of ``p_TP``."""
         dtype = p_TP.dtype
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return gru_step(p_TP, h_TP, *(weight.to(dtype) for weight in weights))
+        return gru_step(p_TP, h_TP, *(self.cast(weight, dtype) for weight in weights))
 
 
 register(

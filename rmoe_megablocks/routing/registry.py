@@ -3,9 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rmoe_megablocks.routing.config import RoutingConfig
+
+
+class SharedCell(nn.Module):
+    """Base of the recurrences that all layers share: ``cell(p_TP, h_TP or None) -> h_TP``.
+
+    A cell reads its parameters as ``self.cast(parameter, dtype)``, in the dtype of ``p_TP``. Hosts that collect
+    gradients elsewhere than in ``parameter.grad`` replace ``cast``. Register a large parameter last: Megatron's
+    distributed optimizer gives the last one and the others together a bucket each, and cannot save a bucket that
+    leaves a data-parallel rank without a share.
+    """
+
+    cast: Callable[[Tensor, torch.dtype], Tensor] = staticmethod(Tensor.to)
 
 
 @dataclass(frozen=True)
@@ -17,14 +30,14 @@ class RouterType:
         summary: one line for help texts.
         state_size: P of the state handed from layer to layer, 0 for a router that keeps none. Hosts size
             their pipeline messages by it.
-        build_shared: builds the module that all layers share, called with a :class:`RoutingConfig`;
-            ``cell(p_TP, h_TP or None) -> h_TP``. None for a stateless type, whose hosts use their own router.
+        build_shared: builds the recurrence that all layers share. None for a stateless type, whose hosts use
+            their own router.
     """
 
     name: str
     summary: str
     state_size: Callable[[RoutingConfig], int]
-    build_shared: Callable[[RoutingConfig], nn.Module] | None = None
+    build_shared: Callable[[RoutingConfig], SharedCell] | None = None
 
     @property
     def recurrent(self) -> bool:

@@ -4,8 +4,10 @@ All cases of one world size run in one process group, see worker.py. Losses and 
 iterations from one checkpoint that one process wrote.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,18 +85,25 @@ CASES = {
 }
 
 
-def torchrun(processes: int, *words: str) -> None:
+def torchrun(processes: int, log: Path, *words: str) -> None:
+    """Runs a module under torchrun; everything it started ends with it, and its output is in ``log``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", str(processes), *words],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--nproc-per-node", str(processes), *words],
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, log.read_text()[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +120,7 @@ def results(tmp_path_factory):
             cases.insert(0, {"name": "start", "argv": start})
         file = folder / f"cases{processes}.json"
         file.write_text(json.dumps([c | {"argv": [*c["argv"], "--run-name", c["name"]]} for c in cases]))
-        torchrun(processes, "-m", "tests.distributed.worker", str(file), str(folder))
+        torchrun(processes, folder / f"log{processes}", "-m", "tests.distributed.worker", str(file), str(folder))
         for c in cases:
             ranks = (torch.load(folder / f"{c['name']}.{rank}.pt", weights_only=False) for rank in range(processes))
             results[c["name"]] = list(ranks)
@@ -140,7 +149,14 @@ def test_trains_as_one_process(results, name):
     assert deviation(results, name) < 2e-6
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if any(c["name"] == name and "weights" in c["collect"] for cs in CASES.values() for c in cs)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in LAYOUTS
+        if any(c["name"] == name and "weights" in c["collect"] for cs in CASES.values() for c in cs)
+    ],
+)
 def test_copies_of_the_shared_recurrence_stay_identical(results, name):
     first, *others = shared_weights(results, name)
     assert len(first) == 4 and others

@@ -1,0 +1,27 @@
+"""The ``rmoe`` command: each subcommand calls one function of a room of the package."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rmoe_megablocks import __version__
+from rmoe_megablocks.data import cli as data_cli
+from rmoe_megablocks.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``rmoe ARGV``; the exit code, 2 for bad input, which is told in one line."""
+    parser = argparse.ArgumentParser(prog="rmoe", description="Tools around recurrent-router MoE training.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data_cli.add_arguments(commands)
+    args = parser.parse_args(argv)
+    try:
+        return {"data": data_cli.run}[args.command](args)
+    except UsageError as error:
+        print(f"rmoe: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""CPU mode: run Megatron's unmodified training stack without a GPU, over gloo.
+
+Megatron-Core assumes CUDA in many small places (memory statistics, streams, type names, seeds), although nothing in
+its parser, checkpointing, data sets, optimizers and pipeline schedules needs a GPU. This package stands in for those
+places, so that a laptop or a CI machine can run the real thing, parallel layouts included.
+
+Use it as the first thing a program does::
+
+    from rmoe_megablocks.compat import megatron_cpu
+
+    megatron_cpu.install()  # before the first "import megatron"; does nothing where there is a GPU
+
+and give Megatron the arguments in ``ARGUMENTS``. CPU mode is for developing and testing: numbers are those of the CPU
+kernels, memory statistics are the resident set of the process, CUDA graphs, Transformer Engine and fp8 do not exist.
+
+The touches, by module:
+
+- ``device``: what ``torch.cuda`` answers, and devices named cuda that mean the CPU.
+- ``random``: the CPU generator in the place of the CUDA one.
+- ``distributed``: gloo in the place of NCCL.
+- ``megatron_patches``: the few places of Megatron itself.
+- ``fused_adam``: an optimizer with the interface of Apex's FusedAdam.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+
+import torch
+
+__all__ = ["ARGUMENTS", "active", "install", "needed"]
+
+ARGUMENTS: tuple[str, ...] = (
+    # There is no NCCL without a GPU.
+    "--distributed-backend",
+    "gloo",
+    # Everything below switches off kernels of Transformer Engine, Apex or Megatron that exist for CUDA alone.
+    "--transformer-impl",
+    "local",
+    "--attention-backend",
+    "unfused",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-gradient-accumulation-fusion",
+)
+"""Megatron arguments that CPU mode needs, in command line form."""
+
+_active = False
+
+
+@functools.cache
+def needed() -> bool:
+    """Tell whether torch sees no GPU. The answer is kept: afterwards CPU mode makes torch claim that it sees one."""
+    return not torch.cuda.is_available()
+
+
+def active() -> bool:
+    """Tell whether CPU mode is installed in this process."""
+    return _active
+
+
+def install() -> bool:
+    """Install CPU mode where it is needed, and tell whether it is installed.
+
+    It has to come before the first import of Megatron, which looks at torch while it is imported. Calling it again
+    changes nothing.
+    """
+    global _active
+    if _active:
+        return True
+    if not needed():
+        return False
+    if any(name == "megatron" or name.startswith("megatron.") for name in sys.modules):
+        raise RuntimeError(
+            "Megatron was imported before CPU mode was installed: call rmoe_megablocks.compat.megatron_cpu.install() "
+            "before the first import of megatron"
+        )
+    from rmoe_megablocks.compat.megatron_cpu import device, distributed, random
+
+    device.install()
+    random.install()
+    distributed.install()
+    # Imports Megatron, so it comes when torch is ready for it.
+    from rmoe_megablocks.compat.megatron_cpu import megatron_patches
+
+    megatron_patches.install()
+    _active = True
+    # Checkpointing starts child processes, which run this again.
+    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+        print(
+            "CPU mode: no GPU found, Megatron runs on CPU over gloo (rmoe_megablocks.compat.megatron_cpu)", flush=True
+        )
+    return True

@@ -1,0 +1,261 @@
+"""Text into a dataset: OUT/{train,valid,test}.{bin,idx} and OUT/dataset.json.
+
+Plain text of all inputs, in order, is one stream, and each split is a stretch of it: one document in the indexed
+dataset, so that Megatron's samples follow one another as the text does. JSON lines are one document a row.
+
+A dataset appears all at once: it is written into a hidden folder beside OUT that is renamed at the very end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rmoe_megablocks.data import indexed, sources
+from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
+from rmoe_megablocks.data.split import SPLITS, parse_split
+from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
+
+# what a dataset's folder may hold: its files, and Megatron's sample indices in folders named as the prefixes
+_OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx"))}
+
+
+class OutputExists(DataError):
+    """The output is there already."""
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    split: str,
+    tokenizer: str = "bytes",
+    tokenizer_model: str | Path | None = None,
+    json_key: str = "text",
+    append_eod: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> DatasetMetadata:
+    """Tokenize ``inputs`` into the dataset folder ``output``.
+
+    Args:
+        inputs: files, all plain text or all JSON lines (.jsonl), each as is or compressed (.gz, .xz).
+        output: the dataset's folder; missing parents are made.
+        split: see :mod:`rmoe_megablocks.data.split`. Sizes cut plain text at exactly these bytes; with sentencepiece a
+            cut within a character moves to its end. JSON lines are cut between rows, nearest to the asked-for place;
+            their bytes are those of the text under the key.
+        tokenizer: "bytes" or "sentencepiece", the latter with ``tokenizer_model``.
+        append_eod: end documents (rows; for plain text: each split) in the tokenizer's end-of-document id.
+        overwrite: replace a dataset that is there, once the new one is complete.
+        progress: a progress bar on stderr.
+
+    Returns:
+        The metadata as in dataset.json.
+
+    Raises:
+        DataError: one line on what is wrong with the input, the split, the tokenizer or the output. Nothing is left.
+    """
+    parsed = parse_split(split)
+    encoding = make_tokenizer(tokenizer, tokenizer_model, append_eod)
+    target = Path(output).resolve()
+    _check_target(target, output, overwrite)
+    paths = [Path(path) for path in inputs]
+    if not paths:
+        raise DataError("no input files")
+    rows = {sources.is_jsonl(path) for path in paths}
+    if len(rows) > 1:
+        raise DataError("inputs mix JSON lines (.jsonl) and plain text: prepare them one by one")
+
+    with _bar("reading", None, progress) as bar:
+        files = [sources.inspect(path, json_key, bar.update) for path in paths]
+    total = sum(file.text_bytes for file in files)
+    ends = parsed.ends(total)
+    indexed.import_megatron()  # takes seconds: after the checks, before the bar
+    with _staging(target, output, overwrite) as staging, _bar("writing", ends[-1], progress) as bar:
+        if rows == {True}:
+            parts = _cut_rows((row for path in paths for row in sources.read_rows(path, json_key)), ends)
+        else:
+            chunks = (chunk for path in paths for chunk in sources.read_chunks(path))
+            parts = _cut_stream(chunks, ends, encoding.cuts_bytes)
+        splits, dtype = _write(staging, parts, encoding, append_eod, bar.update)
+        used = sum(written.bytes for written in splits.values())
+        # a cut moves by less than a character, or for rows to the nearest row
+        if rows == {False} and used < ends[-1]:
+            raise DataError(f"the input changed while it was read: {used:,} bytes, expected {ends[-1]:,}")
+        for name, part in zip(SPLITS, parsed.parts, strict=True):
+            if part > 0 and splits[name].tokens == 0:
+                raise DataError(f"split {split!r} leaves {name} empty: no document falls into it")
+        metadata = DatasetMetadata(
+            format_version=FORMAT_VERSION,
+            tokenizer=encoding.kind,
+            tokenizer_model=encoding.model_path.name if encoding.model_path else None,
+            tokenizer_sha256=encoding.model_sha256,
+            vocab_size=encoding.vocab_size,
+            eod_id=encoding.eod_id,
+            newlines=encoding.newlines,
+            dtype=dtype,
+            split=split,
+            splits=splits,
+            unused_bytes=total - used,
+            sources=tuple(files),
+        )
+        metadata.save(staging)
+        metadata.check_files(staging)
+    return metadata
+
+
+def _cut_stream(chunks: Iterator[bytes], ends: Sequence[int], cuts_bytes: bool) -> Iterator[tuple[int, bytes, bool]]:
+    """(number of the split, bytes, False) for a stream cut at ``ends``, or at the end of a UTF-8 character there."""
+    position = split = 0
+    for chunk in chunks:
+        start = 0
+        while start < len(chunk):
+            if position < ends[split]:
+                stop = min(len(chunk), start + ends[split] - position)
+            elif not cuts_bytes and position < ends[split] + 3 and chunk[start] & 0xC0 == 0x80:
+                stop = start + 1  # the rest of the character that the cut falls into
+            else:
+                split += 1
+                if split == len(ends):
+                    return
+                continue
+            yield split, chunk[start:stop], False
+            position += stop - start
+            start = stop
+
+
+def _cut_rows(rows: Iterator[bytes], ends: Sequence[int]) -> Iterator[tuple[int, bytes, bool]]:
+    """(number of the split, row, True) for rows; a row belongs to the split that its middle falls into."""
+    doubled = [2 * end for end in ends]
+    start = 0
+    for row in rows:
+        if not row:
+            continue
+        split = bisect_right(doubled, 2 * start + len(row))
+        if split == len(ends):
+            return
+        yield split, row, True
+        start += len(row)
+
+
+def _write(
+    directory: Path,
+    parts: Iterator[tuple[int, bytes, bool]],
+    tokenizer: Tokenizer,
+    append_eod: bool,
+    advance: Callable[[int], object],
+) -> tuple[dict[str, SplitMetadata], str]:
+    """Encode ``parts`` (split, bytes, whether a document ends there; non-decreasing splits) into the splits' files."""
+    eod = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
+    writers = [indexed.SplitWriter(directory / name, tokenizer.vocab_size) for name in SPLITS]
+    sizes = [0] * len(SPLITS)
+    encoder, current = None, 0
+
+    def end_document() -> None:
+        nonlocal encoder
+        if encoder is not None:
+            writers[current].write(encoder.finish())
+            writers[current].write(eod)
+            writers[current].end_document()
+            encoder = None
+
+    try:
+        for split, data, ends_document in parts:
+            if split != current:
+                end_document()
+                current = split
+            encoder = encoder or tokenizer.encoder()
+            writers[current].write(encoder.feed(data))
+            sizes[current] += len(data)
+            advance(len(data))
+            if ends_document:
+                end_document()
+        end_document()
+        for writer in writers:
+            writer.close()
+    finally:
+        for writer in writers:
+            writer.abandon()
+    written = {
+        name: SplitMetadata(bytes=size, tokens=writer.tokens, documents=writer.documents)
+        for name, size, writer in zip(SPLITS, sizes, writers, strict=True)
+    }
+    return written, writers[0].dtype.name
+
+
+def _check_target(target: Path, spelling: str | Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise DataError(f"output {spelling} is a file: a dataset is a folder")
+    try:
+        names = {entry.name for entry in target.iterdir()}
+    except OSError as error:
+        raise DataError(f"output {spelling}: cannot be read ({error.strerror})") from None
+    if not names:
+        return
+    if FILE_NAME not in names or names - _OWN_NAMES:
+        # never delete what this program has not written
+        other = ", ".join(sorted(names - _OWN_NAMES)[:3]) or f"no {FILE_NAME}"
+        raise OutputExists(f"output {spelling} exists and is not a dataset of its own ({other}): choose another folder")
+    if not overwrite:
+        raise OutputExists(
+            f"output {spelling} has a dataset already: choose another folder, or replace it: --overwrite"
+        )
+
+
+@contextmanager
+def _staging(target: Path, spelling: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside ``target`` that becomes it when the block ends well, and vanishes when it does not."""
+    # not tempfile.mkdtemp: that folder is its owner's only, and the dataset would be
+    staging = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        try:
+            yield staging
+            _install(staging, target, spelling, overwrite)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"output {spelling}: cannot be written ({error.strerror or error})") from error
+
+
+def _install(staging: Path, target: Path, spelling: str | Path, overwrite: bool) -> None:
+    # again: it can have come into being meanwhile
+    _check_target(target, spelling, overwrite)
+    if overwrite and target.is_dir():
+        old = staging.with_name(staging.name.replace(".partial-", ".replaced-"))
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputExists(f"output {spelling} came into being while this dataset was prepared") from None
+        raise
+
+
+def _bar(what: str, total: int | None, progress: bool) -> tqdm:
+    # in a log file a bar is a line for each refresh
+    interval = 0.2 if sys.stderr.isatty() else 5.0
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, mininterval=interval
+    )

@@ -1,0 +1,1 @@
+"""Start of a training run: configuration file, checks, torchrun, signals."""

@@ -1,0 +1,37 @@
+"""What launcher, torchrun's agent and workers share about processes."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import warnings
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process a signal when its parent dies, so that a killed run leaves nothing behind.
+
+    Linux only; elsewhere a killed launcher's processes have to be ended by hand.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def quiet_warnings(speaks: bool) -> None:
+    """Drop Megatron's warnings about optional packages, and all of them in a process that does not speak for the run.
+
+    Every rank gives the same warnings; one of them, rank 0, is enough. ``python -W`` brings them all back.
+    """
+    if sys.warnoptions:
+        return
+    if not speaks:
+        warnings.simplefilter("ignore")
+    expected = r"Transformer Engine and Apex are not|Apex is not|Only transformer-engine|Could not determine rank"
+    warnings.filterwarnings("ignore", message=expected)
+
+
+def report(message: object) -> None:
+    """One line of an error on standard error."""
+    print(f"rmoe: error: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,56 @@
+"""One process of a run: what torchrun starts, by the launcher or typed by the user.
+
+Imports stay light here: the configuration's environment variables have to be set before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.launcher import options
+from rmoe_megablocks.launcher.arguments import resolve
+from rmoe_megablocks.launcher.process import end_with_parent, quiet_warnings, report
+
+
+def main(argv: list[str]) -> int:
+    """Train with Megatron's arguments ``argv`` (and ``--config``) as one rank; the exit code.
+
+    The rank and the rendezvous come from torchrun's environment variables; without them it is a run of one process.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        if "-h" in argv or "--help" in argv:
+            if rank == 0:
+                options.parser().print_help()
+            return 0
+        run = resolve(argv)
+        if run.own.dry_run:
+            raise UsageError(
+                "--dry-run is for bash launch/pretrain_rmoe.sh: torchrun has started the processes already"
+            )
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
+        # torchrun passes a terminal's Ctrl-C on as SIGINT; Megatron saves a checkpoint on SIGTERM only
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+        quiet_warnings(speaks=rank == 0)
+        from rmoe_megablocks.megatron import pretrain
+
+        return pretrain.main(run.megatron) or 0
+    except UsageError as error:
+        if rank != 0:
+            # Every rank tends to find the same error, and one line says it. Rank 0's exit ends this process during
+            # the wait; a rank that finds an error of its own survives it and speaks for itself.
+            time.sleep(3)
+            report(f"rank {rank}: {error}")
+        else:
+            report(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

