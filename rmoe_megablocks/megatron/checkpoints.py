@@ -1,10 +1,10 @@
 """What a checkpoint says of the model that wrote it, read before anything is built."""
 
 import argparse
-import pickle
+import warnings
 from pathlib import Path
 
-import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from rmoe_megablocks.errors import UsageError
@@ -28,15 +28,19 @@ def latest_iteration(folder: Path | str | None) -> int | None:
 def saved_arguments(folder: Path | str) -> argparse.Namespace | None:
     """Arguments of the run that wrote the latest torch_dist checkpoint in ``folder``; None for other formats."""
     iteration = latest_iteration(folder)
-    common = Path(folder) / f"iter_{iteration or 0:07d}" / "common.pt"
-    if iteration is None or not common.parent.is_dir():
-        raise UsageError(f"--load {folder}: its tracker names iteration {iteration}, but {common.parent} is missing")
-    if not common.is_file():
+    name = "release" if iteration == 0 else f"iter_{iteration:07d}"
+    checkpoint = Path(folder) / name
+    if not checkpoint.is_dir():
+        raise UsageError(f"--load {folder}: its tracker names {name}, but {checkpoint} is missing")
+    if any(checkpoint.glob("mp_rank_*")):  # --ckpt-format torch
         return None
     try:
-        return torch.load(common, map_location="cpu", weights_only=False).get("args")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, AttributeError) as error:
-        raise UsageError(f"--load {folder}: {common} is damaged ({type(error).__name__})") from error
+        with warnings.catch_warnings(action="ignore"):  # "torch.distributed is uninitialized": it need not be here
+            return load_common_state_dict(str(checkpoint)).get("args")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is one
+        raise UsageError(f"--load {folder}: {checkpoint} is damaged or incomplete ({type(error).__name__})") from error
 
 
 def check_router_matches(args: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
     are registered at model level: their name does not depend on which layers a stage holds.
     """
     shared = SharedRecurrence(chunks[0].config, chunks[0].pg_collection, seed)
-    shared.register(chunks[0])
+    chunks[0].rnn_router = shared  # last submodule: see SharedRecurrence
     for chunk in chunks:
         layers = chunk.decoder.layers
         if len(layers) == 0:

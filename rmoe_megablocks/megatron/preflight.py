@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.megatron import arguments
-from rmoe_megablocks.megatron.run import Run, resolve
+from rmoe_megablocks.megatron.resolve import Run, resolve
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rmoe_megablocks.megatron import batches, evaluation
 from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.reporting import Reporter, megatron_output_to
-from rmoe_megablocks.megatron.run import Run, resolve
+from rmoe_megablocks.megatron.resolve import Run, resolve
 
 Model = list[torch.nn.Module]
 

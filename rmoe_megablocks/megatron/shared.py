@@ -3,10 +3,11 @@
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import pad_param_start
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
@@ -18,8 +19,8 @@ class SharedRecurrence(MegatronModule):
     (``pipeline_parallel`` together with ``config.has_cond_embedder``, finalize_model_grads.py), one copy counted in
     the gradient norm (``shared``), and gradient buckets of its own: the sum over stages runs after the data-parallel
     reduce-scatter, so its shards must line up on all stages. Buckets are filled from the last registered parameter
-    to the first, and ``shared_embedding`` gives a parameter its own (distrib_optimizer.py:531): with it on our last
-    one, and this module the first of the model (:meth:`register`), the rest of ours has the buffer's last bucket.
+    to the first, and ``shared_embedding`` ends one before and after its parameter (distrib_optimizer.py:531): as the
+    last submodule of the chunk, with it on our first parameter, we fill the buffer's first two buckets alone.
 
     In a bf16 or fp16 model its gradients bypass the parameters' dtype on their way to Megatron's fp32 gradient
     buffer. Autograd would sum the contributions of all layers in bf16, and stages would disagree with one process.
@@ -36,14 +37,7 @@ class SharedRecurrence(MegatronModule):
             parameter.pipeline_parallel = True
             parameter.shared = pg_collection.pp.rank() != 0
             parameter.sequence_parallel = config.sequence_parallel
-        *_, last = self.parameters()
-        last.shared_embedding = True
-
-    def register(self, chunk: nn.Module) -> None:
-        """Makes this the first submodule of a model chunk: needed first in the forward pass, complete last in the
-        backward pass, and so in the gradient buffer."""
-        chunk.rnn_router = self
-        chunk._modules = {"rnn_router": chunk._modules.pop("rnn_router"), **chunk._modules}
+        next(self.parameters()).shared_embedding = True
 
     def forward(self, p_TP: Tensor, h_TP: Tensor | None) -> Tensor:
         """One step of the recurrence, see :class:`rmoe_megablocks.routing.RouterType`."""
@@ -61,18 +55,22 @@ class SharedRecurrence(MegatronModule):
         }
 
 
-def leaves_ranks_without_share(router_type: RouterType, routing: RoutingConfig, ranks: int) -> bool:
-    """Whether a bucket of :class:`SharedRecurrence` is too small for each of ``ranks`` data-parallel ranks to own a
-    part of it, which Megatron's default optimizer checkpoint cannot express (distrib_optimizer.py:1891)."""
+def fits_default_optimizer_checkpoint(router_type: RouterType, routing: RoutingConfig, ranks: int) -> bool:
+    """Whether the distributed optimizer can save its state of :class:`SharedRecurrence` in its default format.
+
+    It cannot when a bucket is so small that one of ``ranks`` data-parallel ranks owns no part of it
+    (distrib_optimizer.py:1891), nor when the first bucket does not end on a parameter's alignment: the gap would
+    be counted into the bucket but lie outside the checkpoint's tensor (distrib_optimizer.py:536 and 1900).
+    """
     with torch.device("meta"):
-        *others, last = router_type.build_shared(routing).parameters()
+        first, second, *others = router_type.build_shared(routing).parameters()
     config = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    for bucket in (others, [last]):
+    for bucket in ([first], [second, *others]):
         layout = DistributedOptimizer._compute_per_buffer_param_layout(bucket, None, ranks, config)
         ((start, end),) = layout.bucket_indices
         if layout.per_bucket_numel_unpadded[0] <= (end - start) // ranks * (ranks - 1):
-            return True
-    return False
+            return False
+    return pad_param_start(second.numel()) == second.numel()
 
 
 class _GradientInBuffer(torch.autograd.Function):

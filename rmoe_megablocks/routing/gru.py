@@ -19,10 +19,10 @@ class GRUCell(SharedCell):
     def __init__(self, config: RoutingConfig) -> None:
         super().__init__()
         size = config.state_size
+        self.weight_ih = nn.Parameter(torch.empty(3 * size, size))
+        self.weight_hh = nn.Parameter(torch.empty(3 * size, size))
         self.bias_ih = nn.Parameter(torch.empty(3 * size))
         self.bias_hh = nn.Parameter(torch.empty(3 * size))
-        self.weight_ih = nn.Parameter(torch.empty(3 * size, size))
-        self.weight_hh = nn.Parameter(torch.empty(3 * size, size))  # a large one last, see SharedCell
         self._config = config
         self.reset_parameters()
 

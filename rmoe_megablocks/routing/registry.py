@@ -13,9 +13,9 @@ class SharedCell(nn.Module):
     """Base of the recurrences that all layers share: ``cell(p_TP, h_TP or None) -> h_TP``.
 
     A cell reads its parameters as ``self.cast(parameter, dtype)``, in the dtype of ``p_TP``. Hosts that collect
-    gradients elsewhere than in ``parameter.grad`` replace ``cast``. Register a large parameter last: Megatron's
-    distributed optimizer gives the last one and the others together a bucket each, and cannot save a bucket that
-    leaves a data-parallel rank without a share.
+    gradients elsewhere than in ``parameter.grad`` replace ``cast``. Register the matrices first: in Megatron's
+    gradient buffer the first parameter has a bucket to itself and the others share one, and an optimizer
+    checkpoint wants a share of either for every data-parallel rank.
     """
 
     cast: Callable[[Tensor, torch.dtype], Tensor] = staticmethod(Tensor.to)

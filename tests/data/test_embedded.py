@@ -42,7 +42,7 @@ def test_damaged_corpus(tmp_path, monkeypatch):
         embedded_corpus()
 
 
-def test_prepare(tmp_path):
+def test_prepare(tmp_path, monkeypatch):
     indexed.import_megatron()
     start = time.process_time()
     metadata = prepare_embedded(tmp_path / "out")
@@ -50,7 +50,8 @@ def test_prepare(tmp_path):
     assert [split.tokens for split in metadata.splits.values()] == [900_000, 50_000, 50_000]
     tokens = np.concatenate([read_tokens(tmp_path / "out" / name) for name in SPLITS])
     assert tokens.astype(np.uint8).tobytes() == embedded_corpus()
-    # again: nothing is written
+    # again: nothing is written, nor prepared in vain
+    monkeypatch.setattr(embedded, "prepare", None)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert prepare_embedded(tmp_path / "out") == metadata
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before

@@ -20,12 +20,13 @@ def encode(tokenizer, data: bytes, step: int) -> np.ndarray:
     return np.concatenate([*parts, encoder.finish()])
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\n\n\n"])
 @pytest.mark.parametrize("model", ["exact", "breaks"])
-def test_pieces_give_the_ids_of_the_whole(models, text, small_pieces, model):
+def test_pieces_give_the_ids_of_the_whole(models, text, small_pieces, model, line_break):
     tokenizer = make_tokenizer("sentencepiece", models[model])
     assert tokenizer.exact and tokenizer.newlines == "kept"
     # without the one word that is longer than a piece
-    text = text.replace("z" * 700, "")
+    text = text.replace("z" * 700, "").replace("\n", line_break)
     whole = sentencepiece.SentencePieceProcessor(model_file=str(models[model])).encode(text)
     for step in (7, 1000, len(text.encode())):
         assert encode(tokenizer, text.encode(), step).tolist() == whole

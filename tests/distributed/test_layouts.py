@@ -115,7 +115,7 @@ def results(tmp_path_factory):
     from_start = ["--load", str(folder / "start"), "--finetune", "--no-load-optim", "--no-load-rng"]
     results = {}
     for processes, cases in CASES.items():
-        cases = [c | {"argv": [*c["argv"], *runs, *from_start]} for c in cases]
+        cases = [c | {"argv": [*c["argv"], *runs, *([] if "linear" in c["name"] else from_start)]} for c in cases]
         if processes == 1:
             cases.insert(0, {"name": "start", "argv": start})
         file = folder / f"cases{processes}.json"

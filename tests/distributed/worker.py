@@ -23,7 +23,7 @@ from megatron.training import training
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
-from rmoe_megablocks.megatron.run import resolve
+from rmoe_megablocks.megatron.resolve import resolve
 from tests.distributed import breakages, traffic
 
 
@@ -101,7 +101,7 @@ def main(cases_file: str, out: str) -> None:
         try:
             with contextlib.redirect_stdout(log):
                 result = run_case(case)
-        except Exception:  # reported by the test that reads the result
+        except BaseException:  # reported by the test that reads the result
             result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
         torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
         if "error" in result:

@@ -11,7 +11,7 @@ from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, checkpoints
 from rmoe_megablocks.megatron.install import routing_config
-from rmoe_megablocks.megatron.shared import leaves_ranks_without_share
+from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
 
 DATA_ARGUMENTS = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
@@ -114,10 +114,12 @@ def _choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
     if not (router_type.recurrent and args.use_distributed_optimizer) or args.dist_ckpt_optim_fully_reshardable:
         return []
     ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    if not leaves_ranks_without_share(router_type, routing_config(args, torch.nn.init.zeros_), ranks):
+    if fits_default_optimizer_checkpoint(router_type, routing_config(args, torch.nn.init.zeros_), ranks):
         return []
     args.dist_ckpt_optim_fully_reshardable = True
-    return [f"the shared recurrence is small for {ranks} data-parallel ranks: --dist-ckpt-optim-fully-reshardable"]
+    return [
+        "the shared recurrence is too small for the default optimizer checkpoint: --dist-ckpt-optim-fully-reshardable"
+    ]
 
 
 def _choose_data(args: argparse.Namespace) -> tuple[Path | None, data.DatasetMetadata | None]:
