@@ -15,7 +15,7 @@ def use_p2p_communicator(communicator: type) -> None:
 
 
 def observe_training_log(observer: Callable[..., None]) -> None:
-    """Calls ``observer(loss_dict, learning_rate, iteration, skipped_iter, grad_norm)`` on every rank after each iteration.
+    """Calls ``observer(loss_dict, learning_rate, iteration, skipped_iter, grad_norm)`` on every rank each iteration.
 
     The training loop has no callback; ``training.training_log`` is looked up when called (training.py:3980).
     """

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 def gru_step(
     x: Tensor, h: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
 ) -> Tensor:
-    """The next state [..., P] from x, h [..., P] (h None: zeros) and torch.nn.GRUCell's parameters, all of one dtype."""
+    """The next state [..., P] from x and h [..., P] (None: zeros) and GRUCell's parameters, all of one dtype."""
     return _GRUStep.apply(x, h, weight_ih, weight_hh, bias_ih, bias_hh)
 
 

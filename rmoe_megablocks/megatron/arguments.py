@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core.transformer.enums import AttnBackend
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import backend
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
 
@@ -44,6 +45,7 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="standard",
         help="Initialisation of the recurrent cell: uniform in +-1/sqrt(P), or the model's own (--init-method-std).",
     )
+    backend.add_backend_argument(parser.add_argument_group("experts"))
     return parser
 
 
@@ -52,7 +54,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     parser = add_router_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--run-name", help="Name of the run. Default: configuration, router and what the command line changes."
+        "--run-name", default="run", help="Name of the run. The launcher names it by configuration and command line."
     )
     group.add_argument(
         "--runs-dir", default="runs", help="Folder of all runs; this one's files go to RUNS_DIR/RUN_NAME."
@@ -60,7 +62,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--dataset",
         metavar="DIR",
-        help="Folder made by 'rmoe data prepare'. Default without any Megatron data argument: the embedded enwik8 excerpt.",
+        help="Folder made by 'rmoe data prepare'. Without any data argument: the embedded excerpt of enwik8.",
+    )
+    group.add_argument("--no-checkpoints", action="store_true", help="Save none, for measurements and trials.")
+    group.add_argument(
+        "--no-final-evaluation",
+        action="store_true",
+        help="Leave out the exact evaluation of the validation and test splits.",
     )
     return parser
 
@@ -105,8 +113,14 @@ def _named_options(argv: Sequence[str]) -> set[str]:
 def validate(args: argparse.Namespace) -> None:
     """Refuses what cannot work, then runs Megatron's own validation. Raises UsageError with one line either way."""
     check_router_arguments(args)
+    if args.lr_warmup_iters and args.train_iters and args.lr_warmup_iters >= (args.lr_decay_iters or args.train_iters):
+        raise UsageError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be below --lr-decay-iters or --train-iters "
+            f"({args.lr_decay_iters or args.train_iters}); use --lr-warmup-fraction for runs of any length"
+        )
     try:
         validate_args(args, {})
+        core_transformer_config_from_args(args)  # its checks come too late for one line: every rank would print them
     except (AssertionError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(text or f"Megatron refuses these arguments ({type(error).__name__})") from error
@@ -118,7 +132,7 @@ def fill_defaults(args: argparse.Namespace) -> list[str]:
     if args.transformer_impl == "transformer_engine" and not _installed("transformer_engine"):
         if "--transformer-impl" in args.explicit:
             raise UsageError(
-                "--transformer-impl transformer_engine: Transformer Engine is not installed; use --transformer-impl local"
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; leave the argument out"
             )
         args.transformer_impl = "local"
         args.attention_backend = AttnBackend.unfused
@@ -132,6 +146,8 @@ def fill_defaults(args: argparse.Namespace) -> list[str]:
         args.masked_softmax_fusion = False
     if megatron_cpu.active():
         args.distributed_backend = "gloo"
+    if args.expert_tensor_parallel_size is None:  # Megatron's default, or 1 for experts that cannot be split
+        args.expert_tensor_parallel_size = backend.expert_tensor_size(args)
     if not (args.reset_attention_mask or "--create-attention-mask-in-dataloader" in args.explicit):
         args.create_attention_mask_in_dataloader = False  # attention is causal anyway
     if "--no-exit-signal-handler" not in args.explicit:
@@ -146,13 +162,13 @@ def _installed(module: str) -> bool:
 def layout_size(args: argparse.Namespace) -> int:
     """Number of processes that one replica of the model takes: TP x PP x CP, or what its experts need if more."""
     dense = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    experts = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    experts = args.expert_model_parallel_size * backend.expert_tensor_size(args) * args.pipeline_model_parallel_size
     return max(dense, experts)
 
 
 def check_router_arguments(args: argparse.Namespace) -> None:
     """Refuses router options that mean nothing here and features that would drop the state or its gradient."""
+    backend.check_backend(args)
     options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
     recurrent = get_router_type(args.moe_router_type).recurrent
     if not args.num_experts:

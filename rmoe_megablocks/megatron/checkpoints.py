@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.backend import MEGATRON
 
 
 def latest_iteration(folder: Path | str | None) -> int | None:
@@ -56,6 +57,7 @@ def check_router_matches(args: argparse.Namespace) -> None:
             f"--load {args.load}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
             f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run"
         )
+    _check_optimizer_state_fits(args, saved)
     for name in ("moe_router_rnn_hidden_size", "moe_router_rnn_bias"):
         ours, theirs = getattr(args, name), getattr(saved, name, None)
         if args.moe_router_type != "linear" and ours != theirs:
@@ -63,3 +65,17 @@ def check_router_matches(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--load {args.load}: the checkpoint was trained with {option} {theirs}, this run has {ours}"
             )
+
+
+def _check_optimizer_state_fits(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Weights load into either backend, but an optimizer checkpoint in gradient-buffer order only into its own."""
+    saved_backend = getattr(saved, "moe_backend", MEGATRON)
+    if saved_backend == args.moe_backend or args.no_load_optim or args.finetune:
+        return
+    in_buffer_order = saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable
+    if in_buffer_order and not getattr(saved, "no_save_optim", False):
+        raise UsageError(
+            f"--load {args.load}: the checkpoint was saved with --moe-backend {saved_backend}, and its optimizer state "
+            f"does not fit {args.moe_backend}'s experts: add --no-load-optim for the weights alone, or save it again "
+            "with --dist-ckpt-optim-fully-reshardable"
+        )

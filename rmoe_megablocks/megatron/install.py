@@ -12,25 +12,34 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.layer import RecurrentMoELayer, RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.megatron.shared import SharedRecurrence
 from rmoe_megablocks.megatron.stage_boundary import StateP2PCommunicator
-from rmoe_megablocks.routing import RoutingConfig, get_router_type
+from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
 
 def install_router(model_config: GPTModelConfig, args) -> None:
-    """Makes ``model_config`` build a model with the router that ``--moe-router-type`` names.
+    """Makes ``model_config`` build a model with the router and the experts that the arguments name.
 
-    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model is left untouched.
+    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model with Megatron's experts is
+    left untouched.
 
     Args:
         model_config: from ``gpt_config_from_args``; changed in place.
         args: parsed arguments, see :mod:`.arguments`.
     """
     router_type = get_router_type(args.moe_router_type)
-    if not router_type.recurrent:
-        return
+    if router_type.recurrent:
+        _install_recurrence(model_config, args, router_type)
+    if args.moe_backend == MEGABLOCKS:
+        from rmoe_megablocks.megatron.megablocks_layer import use_megablocks  # MegaBlocks need not be installed
+
+        use_megablocks(model_config)
+
+
+def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterType) -> None:
     config = model_config.transformer
     config.moe_router_type = router_type.name
     config.routing = routing_config(args, config.init_method)

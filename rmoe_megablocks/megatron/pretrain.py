@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import yaml
 from megatron.core.enums import ModelType
-from megatron.training import get_args, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
@@ -86,7 +86,7 @@ def _train(run: Run) -> int:
     except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
         reporters[0].close()
         reporters[0].say(
-            f"stopped at iteration {get_args().curr_iteration}: checkpoint in {args.save}; the same command resumes"
+            f"stopped after iteration {reporters[0].iteration}: checkpoint in {args.save}; the same command resumes"
         )
         return exit.code or 0
     reporter = reporters[0]
@@ -127,13 +127,14 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
     summary = {
         "router": args.moe_router_type,
         "layout": layout(args),
-        "iterations": args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration,
+        "iterations": reporter.iteration or args.iteration,
         "tokens": totals["tokens"],
         "seconds": totals["seconds"],
         "seed": args.seed,
         "peak_memory_bytes": _peak_memory(),
     }
-    if run.metadata is not None:
+    evaluated = run.metadata is not None and not args.no_final_evaluation
+    if evaluated:
         for split in ("valid", "test"):
             split_bytes = run.metadata.splits[split].bytes
             summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
@@ -142,7 +143,7 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
         temporary = run.folder / "summary.json.new"
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         temporary.replace(run.folder / "summary.json")
-    if run.metadata is not None:
+    if evaluated:
         reporter.say(
             f"test {summary['test_bpc']:.3f} bpc, valid {summary['valid_bpc']:.3f} bpc "
             f"(a bigram model of the same training text: {summary['bigram_bpc']:.3f}); {run.folder / 'summary.json'}"

@@ -51,6 +51,7 @@ class Reporter:
         self._started = self._last = time.perf_counter()
         self._first_iteration: int | None = None
         self._bar: tqdm | None = None
+        self.iteration = 0  # the last one that is done
 
     def start(self) -> None:
         """Called when the model stands: the clock of the first iteration starts, and its health may be wanted."""
@@ -61,6 +62,7 @@ class Reporter:
     def on_iteration(self, loss_dict, learning_rate, iteration, skipped_iter, grad_norm) -> None:
         """An iteration is done. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_training_log`."""
         args = get_args()
+        self.iteration = iteration
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         health = None

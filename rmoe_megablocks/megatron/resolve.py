@@ -61,6 +61,8 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     checkpoints.check_router_matches(args)
     arguments.validate(args)
     notes += _choose_optimizer_checkpoint(args)
+    if (iteration := checkpoints.latest_iteration(args.load)) is not None:
+        notes.append(f"continuing from iteration {iteration} in {args.load}")
     del args.explicit
     return Run(args, folder, dataset, metadata, notes, _as_config(argv))
 
@@ -91,10 +93,12 @@ def check_world_size(args: argparse.Namespace) -> None:
 
 def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
     arguments.check_writable(folder, "--runs-dir")
-    if args.save is None:
-        args.save = str(folder / "checkpoints")
-    arguments.check_writable(Path(args.save), "--save")
-    if args.load is None and checkpoints.latest_iteration(args.save) is not None:
+    if args.no_checkpoints:
+        args.save = None
+    else:
+        args.save = args.save or str(folder / "checkpoints")
+        arguments.check_writable(Path(args.save), "--save")
+    if args.load is None and args.save and checkpoints.latest_iteration(args.save) is not None:
         args.load = args.save  # the same command again resumes
     elif args.load is not None and args.load != args.save and checkpoints.latest_iteration(args.load) is None:
         raise UsageError(f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is missing)")

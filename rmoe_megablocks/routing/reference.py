@@ -1,4 +1,4 @@
-"""The recurrence exactly as the paper writes it: slow, unfused, one name a symbol. Every faster path is tested against it."""
+"""The recurrence as the paper writes it: unfused, one name a symbol. Every faster path is tested against it."""
 
 import torch
 from torch import Tensor

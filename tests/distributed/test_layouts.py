@@ -36,9 +36,9 @@ SIZES = {
 COMMON = (
     "--moe-router-type gru --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1.0 --moe-z-loss-coeff 0.1 "
     "--init-method-std 0.15 --moe-token-dispatcher-type alltoall --swiglu --normalization RMSNorm "
-    "--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --lr 1e-3 --min-lr 1e-4 "
-    "--mock-data --tokenizer-type NullTokenizer --eval-iters 0 --log-interval 100 --seed 1234 --hidden-dropout 0 "
-    "--attention-dropout 0"
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --lr 1e-3 "
+    "--min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 --log-interval 100 --seed 1234 "
+    "--hidden-dropout 0 --attention-dropout 0"
 ).split()
 BASE = [word for pair in SIZES.items() for word in map(str, pair)] + COMMON
 PP2 = "--pipeline-model-parallel-size 2".split()

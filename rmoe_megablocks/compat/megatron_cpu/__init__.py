@@ -50,6 +50,7 @@ ARGUMENTS: tuple[str, ...] = (
 """Megatron arguments that CPU mode needs, in command line form."""
 
 _active = False
+_MARK = "RMOE_CPU_MODE_ANNOUNCED"
 
 
 @functools.cache
@@ -89,9 +90,14 @@ def install() -> bool:
 
     megatron_patches.install()
     _active = True
-    # Checkpointing starts child processes, which run this again.
-    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+    _announce()
+    return True
+
+
+def _announce() -> None:
+    """One line for a whole run: the launcher's workers and the checkpoint writer's processes inherit the mark."""
+    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None and _MARK not in os.environ:
+        os.environ[_MARK] = "1"
         print(
             "CPU mode: no GPU found, Megatron runs on CPU over gloo (rmoe_megablocks.compat.megatron_cpu)", flush=True
         )
-    return True

@@ -1,0 +1,82 @@
+"""Megatron's MoE layer with MegaBlocks' experts: Megatron's router decides, MegaBlocks moves tokens and computes.
+
+MegaBlocks' seam is ``ParallelDroplessMLP(x, scores, expert_weights, top_experts)``, behind its own router. Scoring,
+top-k, balancing and z losses, padding masks, metrics, shared experts and recompute are therefore those of upstream's
+layer, for every router type; token dispatcher and experts are replaced.
+"""
+
+import dataclasses
+from functools import partial
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from torch import Tensor
+
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.layer import RecurrentMoELayer
+from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts
+
+
+class MegaBlocksMoELayer(MoELayer):
+    """The steps that upstream's forward calls one after another, between routing and the shared experts' sum."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_dispatcher = None  # MegaBlocks is its own; whatever asks for Megatron's must fail
+
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor):
+        """hidden_states [S, B, H], probs and routing_map [T, E] -> hidden_states, (weights [T, K], experts [T, K])."""
+        # The map holds exactly K experts for each token: without capacities, nothing is dropped or added.
+        experts_TK = routing_map.byte().topk(self.config.moe_router_topk, dim=-1, sorted=False).indices
+        return hidden_states, (probs.gather(1, experts_TK).float(), experts_TK)
+
+    def dispatch(self, hidden_states: Tensor, probs: tuple[Tensor, Tensor]):
+        """Left to the experts."""
+        return hidden_states, probs
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: tuple[Tensor, Tensor]):
+        """Permutation, exchange over the expert-parallel ranks, experts, and all the way back: [S, B, H], no bias."""
+        return self.experts(hidden_states, *probs), None
+
+    def combine(self, output: Tensor) -> Tensor:
+        """Done by the experts."""
+        return output
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Adds the shared experts' output [S, B, H]."""
+        return output if shared_expert_output is None else output + shared_expert_output
+
+
+class RecurrentMegaBlocksMoELayer(RecurrentMoELayer, MegaBlocksMoELayer):
+    """MegaBlocks' experts behind the recurrent router; recompute takes and returns the routing state."""
+
+
+_LAYERS = {MoELayer: MegaBlocksMoELayer, RecurrentMoELayer: RecurrentMegaBlocksMoELayer}
+
+
+def use_megablocks(model_config: GPTModelConfig) -> None:
+    """Makes ``model_config`` build its MoE layers, of whichever router, with MegaBlocks' experts; changes it in place."""
+    block_spec = model_config.transformer_layer_spec or default_layer_spec
+    model_config.transformer_layer_spec = partial(megablocks_block_spec, block_spec=block_spec)
+
+
+def megablocks_block_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None, *, block_spec=default_layer_spec
+) -> TransformerBlockSubmodules:
+    """The layer specs that ``block_spec`` makes for this stage, with MegaBlocks' experts in their MoE layers."""
+    block = block_spec(model_config, vp_stage)
+    return dataclasses.replace(block, layer_specs=[_with_megablocks(spec) for spec in block.layer_specs])
+
+
+def _with_megablocks(spec: ModuleSpec) -> ModuleSpec:
+    mlp = spec.submodules.mlp
+    layer = getattr(mlp, "func", None)
+    if layer not in _LAYERS:
+        if isinstance(layer, type) and issubclass(layer, MoELayer):
+            raise UsageError(f"--moe-backend megablocks: MoE layers of type {layer.__name__} have experts of their own")
+        return spec  # a dense layer
+    moe = dataclasses.replace(mlp.keywords["submodules"], experts=MegaBlocksExperts)
+    mlp = partial(_LAYERS[layer], **{**mlp.keywords, "submodules": moe})
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))

@@ -1,0 +1,127 @@
+"""Bad input ends in one clear line before anything is started."""
+
+import os
+import re
+
+import pytest
+
+from rmoe_megablocks import data
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import preflight
+from tests.distributed.test_layouts import BASE
+
+PP2 = "--pipeline-model-parallel-size 2"
+REFUSED = {
+    "--moe-router-type lstm": "argument --moe-router-type: invalid choice: 'lstm'",
+    "--moe-router-typo gru": "unrecognized arguments: --moe-router-typo gru",
+    "--moe-router-rnn-hidden-size 0": "argument --moe-router-rnn-hidden-size: must be at least 1, got 0",
+    "--moe-router-rnn-hidden-size many": "argument --moe-router-rnn-hidden-size: invalid",
+    "--num-layers 1 " + PP2: "--num-layers 1 leaves stages of the 2",
+    "--num-layers 5 " + PP2: "Number of layers should be divisible by the pipeline-model-parallel size",
+    "--mtp-num-layers 1": "--moe-router-type gru does not work with --mtp-num-layers",
+    "--cuda-graph-impl local": "--moe-router-type gru does not work with --cuda-graph-impl",
+    "--use-torch-fsdp2": "--moe-router-type gru does not work with --use-torch-fsdp2",
+    "--transformer-impl transformer_engine": "Transformer Engine is not installed",
+    "--lr-warmup-iters 20": "--lr-warmup-iters 20 must be below",
+    "--tokenizer-type NullTokenizer --dataset nowhere": "nowhere",
+    "--train-data-path nowhere/train": "nowhere/train.bin does not exist; make it with 'rmoe data prepare'",
+    "--train-data-path a --dataset b": "--dataset and --train-data-path both name the data",
+    "--load nowhere": "--load nowhere: no checkpoint there",
+    "--seq-length 64": "max_position_embeddings",
+}
+
+
+def check(runs, *argv: str, **kwargs):
+    words = [word for word in BASE if word != "--mock-data"] if "--mock-data" not in argv else BASE
+    return preflight.check([*words, "--runs-dir", str(runs), *argv], **kwargs)
+
+
+def refusal(runs, *argv: str, **kwargs) -> str:
+    with pytest.raises(UsageError) as caught:
+        check(runs, *argv, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    mock = [] if "data" in words else ["--mock-data"]
+    assert REFUSED[words] in refusal(tmp_path, *mock, *words.split())
+
+
+def without(option: str, values: int = 1) -> list[str]:
+    index = BASE.index(option)
+    return BASE[:index] + BASE[index + 1 + values :]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "--moe-router-type gru: the model has no experts to route to; set --num-experts"),
+        ("--moe-router-type linear", "--moe-router-rnn-hidden-size: the model has no experts"),
+    ],
+)
+def test_router_options_without_experts(tmp_path, words, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        preflight.check([*without("--num-experts"), "--runs-dir", str(tmp_path), *words.split()])
+
+
+def test_processes(tmp_path):
+    mock = ["--mock-data", *PP2.split()]
+    assert check(tmp_path, *mock).nproc_per_node == 2
+    assert check(tmp_path, *mock, nproc_per_node=4).run.args.world_size == 4
+    assert "1 process for a layout of 2" in refusal(tmp_path, *mock, nproc_per_node=1)
+    assert "3 processes for a layout of 2" in refusal(tmp_path, *mock, nproc_per_node=3)
+
+
+def test_run_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--runs-dir: cannot write to" in refusal(tmp_path / "file", "--mock-data")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
+def test_read_only_run_directory(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "--runs-dir: cannot write to" in refusal(tmp_path, "--mock-data")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset") / "small"
+    source = folder.parent / "text.txt"
+    source.write_bytes(b"abc " * 4000)
+    data.prepare([source], folder, split="80%,10%,10%")
+    return folder
+
+
+def test_dataset(tmp_path, dataset):
+    words = [word for word in without("--tokenizer-type") if word != "--mock-data"]
+    run = preflight.check([*words, "--runs-dir", str(tmp_path), "--dataset", str(dataset)]).run
+    assert run.args.train_data_path == [str(dataset / "train")] and run.args.tokenizer_type == "NullTokenizer"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--tokenizer-type SentencePieceTokenizer", "does not match the dataset"),
+        ("--vocab-size 100", "token ids below 256, but training's vocabulary has only 100"),
+    ],
+)
+def test_tokenizer_that_does_not_match(tmp_path, dataset, words, said):
+    argv = [word for word in without("--tokenizer-type") if word != "--mock-data"]
+    with pytest.raises(UsageError, match=said):
+        preflight.check([*argv, "--runs-dir", str(tmp_path), "--dataset", str(dataset), *words.split()])
+
+
+def test_truncated_dataset(tmp_path, dataset):
+    file = dataset / "valid.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2])
+    try:
+        argv = [word for word in without("--tokenizer-type") if word != "--mock-data"]
+        with pytest.raises(UsageError, match=r"valid\.bin: truncated"):
+            preflight.check([*argv, "--runs-dir", str(tmp_path), "--dataset", str(dataset)])
+    finally:
+        file.write_bytes(content)

@@ -1,0 +1,175 @@
+"""The entry as users run it: launched, stopped, resumed, under torchrun; what it leaves and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 32 --num-experts 4 "
+    "--moe-ffn-hidden-size 32 --moe-router-rnn-hidden-size 16 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 20 --eval-iters 1 --log-interval 5 --save-interval 100"
+).split()
+LAUNCHER = [sys.executable, "-m", "rmoe_megablocks.launcher"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT.pop("RMOE_CPU_MODE_ANNOUNCED", None)  # this process has said it, the runs are to say it again
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def start(runs: Path, name: str, *argv: str, command=LAUNCHER) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*command, *SMALL, "--runs-dir", str(runs), "--run-name", name, *argv],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(runs: Path, name: str, *argv: str, command=LAUNCHER) -> str:
+    process = start(runs, name, *argv, command=command)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def metrics(runs: Path, name: str) -> list[dict]:
+    path = runs / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    file = runs / f"{name}.pt"
+    dcp_to_torch_save(runs / name / "checkpoints" / "iter_0000020", file)
+    state = torch.load(file, weights_only=False)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(scope="module")
+def straight(runs) -> str:
+    """Terminal output of a run that nothing disturbed."""
+    return run(runs, "straight")
+
+
+def test_what_a_run_leaves(runs, straight):
+    folder = runs / "straight"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"test_bpc", "valid_bpc", "bigram_bpc", "router", "layout", "tokens", "seconds", "seed"} <= set(summary)
+    assert (summary["router"], summary["layout"], summary["seed"]) == ("gru", "PP2", 1234)
+    assert summary["tokens"] == 20 * 8 * 64 and summary["iterations"] == 20
+    assert 0 < summary["test_bpc"] < 8.1 and 3.8 < summary["bigram_bpc"] < 3.9
+    lines = metrics(runs, "straight")
+    assert [line["iteration"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"]
+    logged = [line["iteration"] for line in lines if "routing" in line]
+    assert logged == [5, 10, 15, 20]
+    routing = lines[-1]["routing"]
+    assert all(len(values) == 2 for values in routing.values())  # a figure a layer, those of both stages
+    assert set(routing) == {"load_balancing_loss", "busiest_expert_share", "router_entropy", "state_norm"}
+    assert all(0.25 <= share <= 1 for share in routing["busiest_expert_share"])
+    assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "20"
+    assert list((folder / "tensorboard").iterdir()) and list((folder / "logs").iterdir())
+    assert "--num-layers" in (folder / "config.yaml").read_text()
+
+
+def test_what_the_terminal_shows(straight):
+    assert straight.count("CPU mode: no GPU found") == 1
+    line = next(line for line in straight.splitlines() if "iteration" in line and "20/20" in line)
+    for word in ("loss", "bpc", "tokens/s", "left", "balance", "busiest", "entropy", "|h|"):
+        assert word in line
+    assert re.search(r"test \d\.\d+ bpc, valid \d\.\d+ bpc \(a bigram model", straight)
+    assert len(straight.splitlines()) < 25  # Megatron's own output is in the log folder
+
+
+def test_a_finished_run_is_evaluated_not_trained_again(runs, straight):
+    before = metrics(runs, "straight")
+    again = run(runs, "straight")
+    assert "continuing from iteration 20" in again and metrics(runs, "straight") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_equals_undisturbed(runs, straight, number):
+    name = f"stopped-{number}"
+    process = start(runs, name)
+    deadline = time.monotonic() + 120
+    while len(metrics(runs, name)) < 8 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-4000:]
+    stopped = len(metrics(runs, name))
+    assert 8 <= stopped < 20 and f"stopped after iteration {stopped}" in output
+    assert not (runs / name / "summary.json").exists()
+
+    assert f"continuing from iteration {stopped}" in run(runs, name)
+    for ours, theirs in zip(metrics(runs, name), metrics(runs, "straight"), strict=True):
+        for key in ("iteration", "lm_loss", "grad_norm", "learning_rate"):
+            assert ours[key] == theirs[key]
+    ours, theirs = weights(runs, name), weights(runs, "straight")
+    assert len(ours) > 20 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("words", ["--moe-router-type linear", "--pipeline-model-parallel-size 1", "--bf16"])
+def test_variations(runs, words):
+    run(runs, words.strip("-").replace(" ", "-"), *words.split(), "--train-iters", "3")
+
+
+def test_torchrun_as_typed(runs):
+    run(runs, "torchrun", command=[*TORCHRUN, "--nproc-per-node", "2", "launch/pretrain_rmoe.sh"])
+    assert json.loads((runs / "torchrun" / "summary.json").read_text())["layout"] == "PP2"
+    assert [line["lm_loss"] for line in metrics(runs, "torchrun")] == [x["lm_loss"] for x in metrics(runs, "straight")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--moe-router-type lstm", "argument --moe-router-type: invalid choice: 'lstm'"),
+        ("--no-such-argument 1", "unrecognized arguments: --no-such-argument"),
+        ("--nproc-per-node 3", "3 processes for a layout of 2"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(runs, words, said):
+    process = start(runs, "bad", *words.split())
+    output, _ = process.communicate(timeout=60)
+    lines = [line for line in output.splitlines() if not line.startswith("CPU mode")]
+    assert process.returncode == 2 and len(lines) == 1, output
+    assert lines[0].startswith("rmoe: error: ") and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--moe-router-type linear", "the checkpoint's router is gru, this run's is linear"),
+        ("--moe-router-rnn-hidden-size 8", "trained with --moe-router-rnn-hidden-size 16, this run has 8"),
+    ],
+)
+def test_checkpoint_of_another_router_is_refused(runs, straight, words, said):
+    process = start(runs, "straight", *words.split())
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and said in output.splitlines()[-1]
+
+
+def test_checkpoint_that_is_incomplete_is_named(runs, straight):
+    copy = runs / "incomplete" / "checkpoints"
+    shutil.copytree(runs / "straight" / "checkpoints", copy)
+    (copy / "iter_0000020" / ".metadata").write_bytes(b"")
+    process = start(runs, "incomplete")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "iter_0000020 is damaged or incomplete" in output.splitlines()[-1]
