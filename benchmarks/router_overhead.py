@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     lines = [
         f"{machine.describe()}",
-        f"{args.pairs} pairs of runs, {args.iterations} iterations each, the first {args.warmup} not counted, seed 1234",
+        f"{args.pairs} pairs of runs, {args.iterations} iterations each, {args.warmup} of them warm-up, seed 1234",
         "",
         "| model | router | step ms: median (min-max of runs) | peak MiB a process | gru / linear: time | memory |",
         "|---|---|---|---|---|---|",
