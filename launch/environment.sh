@@ -173,6 +173,10 @@ _rmoe_build() {
         _rmoe_failed "pip could not install the requirements"
         return 1
     fi
+    # Optional, for --moe-backend megablocks: without it the rest works, and 'rmoe install megablocks' tries again.
+    if ! "$_rmoe_venv/bin/python" -m rmoe_megablocks.compat.megablocks.install >>"$_rmoe_log" 2>&1; then
+        _rmoe_say "MegaBlocks could not be installed (see $_rmoe_log); all but --moe-backend megablocks works"
+    fi
     _rmoe_fingerprint >"$_rmoe_stamp.new" && mv -f -- "$_rmoe_stamp.new" "$_rmoe_stamp" && rm -f -- "$_rmoe_building" ||
         return 1
     _rmoe_say "environment ready"

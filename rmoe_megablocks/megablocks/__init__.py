@@ -1,0 +1,33 @@
+"""The recurrent router in MegaBlocks' own layers, for models without Megatron-Core.
+
+``dMoE(args)`` and ``MoE(args)`` build the router that the arguments name::
+
+    from rmoe_megablocks import megablocks as rmoe
+
+    rmoe.register()
+    args = rmoe.Arguments(hidden_size=64, ffn_hidden_size=128, moe_num_experts=8, moe_top_k=2, moe_router_type="gru")
+    layers = [rmoe.dMoE(args) for _ in range(4)]
+    recurrence = rmoe.share_recurrence(layers)  # one module for all layers: register it in the model
+
+    x, state, aux_loss = layers[0](x, router_state=None)
+    x, state, aux_loss = layers[1](x, router_state=state)
+
+or let :class:`RecurrentStack` own the recurrence and hand the state on. With ``moe_router_type="linear"`` the layers
+are MegaBlocks' own, to the bit and with their own signature.
+
+``rmoe.dMoE`` and ``rmoe.MoE`` are MegaBlocks' classes, wherever they are imported from. Importing this package before
+anything imports MegaBlocks makes MegaBlocks run here, see :mod:`rmoe_megablocks.compat.megablocks`; ``.router`` and
+``.layer`` are what it adds, ``.losses`` tells why losses are returned.
+"""
+
+from rmoe_megablocks.compat import megablocks as _compat
+
+_compat.enable()
+
+from megablocks import MoE, dMoE  # noqa: E402
+
+from rmoe_megablocks.megablocks.arguments import Arguments  # noqa: E402
+from rmoe_megablocks.megablocks.layer import register  # noqa: E402
+from rmoe_megablocks.megablocks.stack import RecurrentStack, share_recurrence  # noqa: E402
+
+__all__ = ["Arguments", "MoE", "RecurrentStack", "dMoE", "register", "share_recurrence"]

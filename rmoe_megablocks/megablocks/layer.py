@@ -1,0 +1,79 @@
+"""MegaBlocks' MoE layers with a routing state, and how they come in the place of the stock ones."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import megablocks
+from megablocks import MoE, dMoE
+from torch import Tensor
+
+from rmoe_megablocks.megablocks.arguments import Arguments, check_arguments, router_type
+from rmoe_megablocks.megablocks.router import RecurrentRouter
+
+
+def register() -> None:
+    """Makes ``MoE(args)`` and ``dMoE(args)``, and subclasses of theirs, build the router that ``args`` name.
+
+    For a recurrent type they give an instance of a subclass, :class:`RecurrentMoE` and the class that was called; for
+    ``linear`` the class itself. The one thing that changes in MegaBlocks is ``MoE.__new__``. Idempotent.
+    """
+    MoE.__new__ = staticmethod(_new)
+
+
+def _new(cls: type[MoE], *args, **kwargs) -> MoE:
+    arguments = args[0] if args else kwargs.get("args")
+    if arguments is None or issubclass(cls, RecurrentMoE):  # also what copy and pickle call
+        return object.__new__(cls)
+    recurrent = router_type(arguments).recurrent
+    if recurrent or isinstance(arguments, Arguments):
+        check_arguments(arguments, dropless=issubclass(cls, dMoE))
+    return object.__new__(_recurrent_class(cls) if recurrent else cls)
+
+
+class RecurrentMoE:
+    """Mixed into a MegaBlocks layer: takes a routing state and returns the next one, and the losses.
+
+    Everything is an input or an output, each tensor in a place of its own: ``torch.utils.checkpoint`` carries
+    gradients through such places only.
+    """
+
+    def __init__(self, args: megablocks.Arguments) -> None:
+        without_losses = copy.copy(args)  # upstream's global lists stay empty
+        without_losses.moe_loss_weight = without_losses.moe_zloss_weight = 0
+        super().__init__(without_losses)
+        # After the experts, whose weights are then those of a linear model of the same seed.
+        self.router = RecurrentRouter(args)
+
+    def forward(self, x: Tensor, router_state: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The layer's own outputs, the next state and this layer's losses.
+
+        Args:
+            x: [..., H] as the layer takes it, usually [S, B, H].
+            router_state: [..., P] from the previous MoE layer, None in the first one.
+
+        Returns:
+            ``(out, router_state, aux_loss)``, or ``(out, bias, router_state, aux_loss)`` where the layer returns its
+            bias. ``aux_loss`` is an fp32 scalar to be added to the model's loss: load balancing times
+            ``moe_loss_weight / num_layers`` and z-loss times ``moe_zloss_weight``; 0 in eval mode.
+
+        Raises:
+            RuntimeError: no recurrence, see :func:`.share_recurrence`.
+            ValueError: a state that does not go with ``x``.
+        """
+        self.router.put_state(router_state)
+        out = super().forward(x.contiguous())  # upstream takes views of it
+        return *(out if isinstance(out, tuple) else (out,)), *self.router.take()
+
+    def __reduce__(self):
+        return _rebuild, (self._stock_class,), self.__dict__
+
+
+@functools.cache
+def _recurrent_class(cls: type[MoE]) -> type[MoE]:
+    return type(f"Recurrent{cls.__name__}", (RecurrentMoE, cls), {"__module__": __name__, "_stock_class": cls})
+
+
+def _rebuild(cls: type[MoE]) -> MoE:
+    return object.__new__(_recurrent_class(cls))
