@@ -51,6 +51,7 @@ class Reporter:
         self._started = self._last = time.perf_counter()
         self._first_iteration: int | None = None
         self._bar: tqdm | None = None
+        self._since_line: list[dict] = []  # records of the iterations since the last line
         self.iteration = 0  # the last one that is done
 
     def start(self) -> None:
@@ -78,11 +79,13 @@ class Reporter:
         record = self._record(args, loss_dict, learning_rate, iteration, skipped_iter, grad_norm, seconds)
         with self.path.open("a") as file:
             file.write(json.dumps(record | ({"routing": health} if health else {})) + "\n")
+        self._since_line.append(record)
         self._bar.update(1)
         if health:
             self._to_writers(health, iteration)
         if iteration % args.log_interval == 0 or iteration == args.train_iters:
             tqdm.write(self._line(record, health, args), file=sys.__stderr__)
+            self._since_line.clear()
 
     def _open(self, iteration: int, train_iters: int) -> None:
         """Drops lines of iterations that a resumed run does again, and starts the progress bar."""
@@ -122,7 +125,8 @@ class Reporter:
             words.append(f"bpc {record['bpc']:.3f}")
         if record["grad_norm"] is not None:
             words.append(f"grad {record['grad_norm']:.2f}")
-        words += [f"{record['tokens_per_second']:,.0f} tokens/s", f"left {tqdm.format_interval(max(0, left))}"]
+        tokens, seconds = (sum(r[key] for r in self._since_line) for key in ("tokens", "seconds"))
+        words += [f"{tokens / seconds:,.0f} tokens/s", f"left {tqdm.format_interval(max(0, left))}"]
         if health and health["load_balancing_loss"]:
             words.append(f"balance {_mean(health['load_balancing_loss']):.3f}")
             words.append("busiest " + " ".join(f"{share:.2f}" for share in health["busiest_expert_share"][:8]))
