@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rmoe_megablocks import __version__
+from rmoe_megablocks import __version__, doctor
+from rmoe_megablocks.compat.megablocks import cli as install_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.planning import cli as plan_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,9 +17,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_cli.add_arguments(commands)
-    args = parser.parse_args(argv)
+    plan_cli.add_arguments(commands)
+    doctor.add_arguments(commands)
+    install_cli.add_arguments(commands)
+    args, args.megatron_arguments = parser.parse_known_args(argv)
+    if args.megatron_arguments and args.command != "plan":
+        parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
     try:
-        return {"data": data_cli.run}[args.command](args)
+        run = {"data": data_cli.run, "plan": plan_cli.run, "doctor": doctor.run, "install": install_cli.run}
+        return run[args.command](args)
     except UsageError as error:
         print(f"rmoe: error: {error}", file=sys.stderr)
         return 2

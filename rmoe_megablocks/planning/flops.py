@@ -1,0 +1,63 @@
+"""Floating-point operations a token; a multiplication with its addition counts as two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmoe_megablocks.planning.settings import Settings
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs a token; the backward pass takes twice as many.
+
+    ``attention`` is the scores and their weighted sum, for causal attention half of the square. ``training`` is
+    forward and backward without recomputation, which ``recomputed`` adds.
+    """
+
+    linear: int
+    attention: int
+    experts: int
+    routing: int
+    logits: int
+    recomputed: int
+
+    @property
+    def forward(self) -> int:
+        """All of a forward pass."""
+        return self.linear + self.attention + self.experts + self.routing + self.logits
+
+    @property
+    def training(self) -> int:
+        """Forward and backward pass."""
+        return 3 * self.forward
+
+
+def flops(settings: Settings) -> Flops:
+    """Matrix products only: everything else is below one per cent."""
+    hidden, layers, routed = settings.hidden_size, settings.num_layers, sum(settings.moe_layers)
+    query, key_value = settings.heads * settings.head_size, settings.query_groups * settings.head_size
+    matrices = 3 if settings.gated else 2
+    attention = layers * 2 * settings.seq_length * query
+    dense = (layers - routed) * 2 * matrices * hidden * settings.ffn_size
+    experts = routed * 2 * matrices * hidden * settings.topk * settings.expert_ffn_size
+    shared = routed * 2 * matrices * hidden * settings.shared_expert_size
+    routing = routed * router(settings)
+    linear = layers * 2 * hidden * (2 * query + 2 * key_value) + dense + shared
+    recomputed = 0
+    if settings.recompute == "full":
+        of = settings.recompute_num_layers * settings.pipeline * settings.virtual / layers
+        share = min(1.0, of) if settings.recompute_method == "block" else 1.0
+        recomputed = int(share * (linear + attention + experts + routing))
+    if settings.recompute == "selective":
+        recomputed += attention if "core_attn" in settings.recompute_modules else 0
+        recomputed += experts + shared + routing if "moe" in settings.recompute_modules else 0
+    return Flops(linear, attention, experts, routing, 2 * hidden * settings.vocab_size, recomputed)
+
+
+def router(settings: Settings) -> int:
+    """One layer's router, forward: [H] -> [E], or projector, two [P] -> [3P] products of the GRU, [P] -> [E]."""
+    hidden, experts, state = settings.hidden_size, settings.num_experts, settings.state_size
+    if not settings.recurrent:
+        return 2 * hidden * experts
+    return 2 * (hidden * state + 6 * state**2 + state * experts)

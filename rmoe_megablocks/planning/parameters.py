@@ -1,0 +1,143 @@
+"""Exact parameter counts, the whole model's and each pipeline stage's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmoe_megablocks.planning.settings import Settings
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by how ranks share them.
+
+    Attributes:
+        split: divided over tensor-parallel ranks.
+        whole: a full copy on every tensor-parallel rank (norms, biases of row-parallel maps, routing).
+        experts: divided over expert-parallel and expert-tensor-parallel ranks.
+        expert_whole: as experts, but not divided by tensor parallelism (the experts' output biases).
+        routing: of ``whole``, those of routers, projectors and the shared recurrence.
+    """
+
+    split: int = 0
+    whole: int = 0
+    experts: int = 0
+    expert_whole: int = 0
+    routing: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(self.as_tuple(), other.as_tuple(), strict=True)))
+
+    def as_tuple(self) -> tuple[int, ...]:
+        """The fields in order."""
+        return self.split, self.whole, self.experts, self.expert_whole, self.routing
+
+    @property
+    def total(self) -> int:
+        """All parameters, each once."""
+        return self.split + self.whole + self.experts + self.expert_whole
+
+    def dense_on_rank(self, settings: Settings) -> int:
+        """Parameters of one rank that every data-parallel rank of it has a copy of."""
+        return self.split // settings.tensor + self.whole
+
+    def experts_on_rank(self, settings: Settings) -> int:
+        """Parameters of one rank's share of the experts."""
+        return (self.experts // settings.expert_tensor + self.expert_whole) // settings.expert
+
+
+def norm(settings: Settings, size: int) -> int:
+    """Parameters of one normalisation over ``size``: a weight, and LayerNorm's bias."""
+    return size * (2 if settings.layer_norm else 1)
+
+
+def recurrence(settings: Settings) -> int:
+    """The GRU that all layers share: two matrices [3P, P], two biases [3P]."""
+    return 6 * settings.state_size**2 + 6 * settings.state_size if settings.recurrent else 0
+
+
+def router(settings: Settings) -> int:
+    """One layer's router: a matrix [E, H], or a projector [P, H] and a router matrix [E, P]."""
+    hidden, experts, state = settings.hidden_size, settings.num_experts, settings.state_size
+    if not settings.recurrent:
+        return experts * hidden + (experts if settings.linear_bias else 0)
+    return state * hidden + experts * state + (state + experts if settings.router_bias else 0)
+
+
+def layer(settings: Settings, index: int) -> Counts:
+    """Layer ``index``, counted from 0."""
+    hidden, bias = settings.hidden_size, settings.linear_bias
+    query, key_value = settings.heads * settings.head_size, settings.query_groups * settings.head_size
+    up = 2 if settings.gated else 1
+    qkv = (query + 2 * key_value) * (hidden + settings.qkv_bias)
+    attention = Counts(split=qkv + query * hidden, whole=2 * norm(settings, hidden) + (hidden if bias else 0))
+    if settings.qk_layernorm:
+        attention += Counts(whole=2 * norm(settings, settings.head_size))
+    if not settings.moe_layers[index]:
+        ffn = settings.ffn_size
+        return attention + Counts(split=(up + 1) * ffn * hidden + bias * up * ffn, whole=bias * hidden)
+    ffn, experts = settings.expert_ffn_size, settings.num_experts
+    routed = Counts(
+        whole=router(settings),
+        experts=experts * ((up + 1) * ffn * hidden + bias * up * ffn),
+        expert_whole=experts * bias * hidden,
+        routing=router(settings),
+    )
+    shared = Counts(
+        split=(up + 1) * settings.shared_expert_size * hidden,
+        whole=hidden if settings.shared_expert_gate and settings.shared_expert_size else 0,
+    )
+    return attention + routed + shared
+
+
+def layers_of_rank(settings: Settings, rank: int) -> list[int]:
+    """Indices of the layers on pipeline rank ``rank``: a run of them for each of its virtual stages."""
+    each = settings.num_layers // (settings.pipeline * settings.virtual)
+    starts = [(chunk * settings.pipeline + rank) * each for chunk in range(settings.virtual)]
+    return [start + i for start in starts for i in range(each)]
+
+
+def embedding(settings: Settings) -> Counts:
+    """Token and learned position embeddings."""
+    return Counts(split=settings.vocab_size * settings.hidden_size, whole=settings.positions * settings.hidden_size)
+
+
+def model(settings: Settings) -> Counts:
+    """The model, each parameter once, whatever the layout."""
+    counts = embedding(settings) + Counts(
+        split=0 if settings.tied else settings.vocab_size * settings.hidden_size,
+        whole=norm(settings, settings.hidden_size) + recurrence(settings),
+        routing=recurrence(settings),
+    )
+    for index in range(settings.num_layers):
+        counts += layer(settings, index)
+    return counts
+
+
+def stage(settings: Settings, rank: int) -> Counts:
+    """What pipeline rank ``rank`` holds, copies included: the recurrence, and a tied embedding on the last one."""
+    counts = Counts(whole=recurrence(settings), routing=recurrence(settings))
+    for index in layers_of_rank(settings, rank):
+        counts += layer(settings, index)
+    first, last = rank == 0, rank == settings.pipeline - 1
+    if first:
+        counts += embedding(settings)
+    if last:
+        counts += Counts(whole=norm(settings, settings.hidden_size))
+        if not (settings.tied and first):
+            counts += Counts(split=settings.vocab_size * settings.hidden_size)
+    return counts
+
+
+def active(settings: Settings) -> int:
+    """Parameters that work on a token: top-k experts instead of all of them."""
+    counts = model(settings)
+    if not settings.num_experts:
+        return counts.total
+    experts = counts.experts + counts.expert_whole
+    return counts.total - experts + experts * settings.topk // settings.num_experts
+
+
+def embeddings(settings: Settings) -> int:
+    """Parameters of the input and output embeddings."""
+    return embedding(settings).total + (0 if settings.tied else settings.vocab_size * settings.hidden_size)
