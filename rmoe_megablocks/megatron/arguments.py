@@ -135,9 +135,10 @@ def fill_defaults(args: argparse.Namespace) -> list[str]:
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; leave the argument out"
             )
         args.transformer_impl = "local"
+        told.append("Transformer Engine is not installed: --transformer-impl local")
+    if args.transformer_impl == "local":
         args.attention_backend = AttnBackend.unfused
         args.apply_rope_fusion = False
-        told.append("Transformer Engine is not installed: --transformer-impl local")
     if not _installed("fused_layer_norm_cuda"):  # NVIDIA's Apex; PyPI's apex is something else
         args.no_persist_layer_norm = True
     if not _installed("fused_weight_gradient_mlp_cuda"):
@@ -200,6 +201,12 @@ def _virtual_stages(args: argparse.Namespace) -> int:
 
 def _refusals(args: argparse.Namespace):
     """(whether it applies, the option, what to use instead)."""
+    local = args.transformer_impl == "local"
+    yield (
+        local and args.add_bias_linear,
+        "biases in Megatron's experts, which cannot train",
+        "add --disable-bias-linear",
+    )
     low_precision = bool(args.fp8 or args.fp4)
     moe_recompute = args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or [])
     yield (

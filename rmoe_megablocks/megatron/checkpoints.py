@@ -46,24 +46,29 @@ def saved_arguments(folder: Path | str) -> argparse.Namespace | None:
 
 def check_router_matches(args: argparse.Namespace) -> None:
     """Refuses a checkpoint of another router type or state width. Raises UsageError naming both sides."""
-    if latest_iteration(args.load) is None:
-        return
-    saved = saved_arguments(args.load)
+    for option, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if latest_iteration(folder) is not None:
+            _check_saved_router(args, option, folder)
+
+
+def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> None:
+    saved = saved_arguments(folder)
     if saved is None:
         return
     saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package
     if saved_type != args.moe_router_type:
         raise UsageError(
-            f"--load {args.load}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
+            f"{option} {folder}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
             f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run"
         )
-    _check_optimizer_state_fits(args, saved)
+    if option == "--load":  # only weights are taken from the other
+        _check_optimizer_state_fits(args, saved)
     for name in ("moe_router_rnn_hidden_size", "moe_router_rnn_bias"):
         ours, theirs = getattr(args, name), getattr(saved, name, None)
         if args.moe_router_type != "linear" and ours != theirs:
-            option = "--" + name.replace("_", "-")
+            width = "--" + name.replace("_", "-")
             raise UsageError(
-                f"--load {args.load}: the checkpoint was trained with {option} {theirs}, this run has {ours}"
+                f"{option} {folder}: the checkpoint was trained with {width} {theirs}, this run has {ours}"
             )
 
 
@@ -72,8 +77,11 @@ def _check_optimizer_state_fits(args: argparse.Namespace, saved: argparse.Namesp
     saved_backend = getattr(saved, "moe_backend", MEGATRON)
     if saved_backend == args.moe_backend or args.no_load_optim or args.finetune:
         return
-    in_buffer_order = saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable
-    if in_buffer_order and not getattr(saved, "no_save_optim", False):
+    distributed, reshardable, left_out = (
+        getattr(saved, name, False)
+        for name in ("use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable", "no_save_optim")
+    )
+    if distributed and not (reshardable or left_out):
         raise UsageError(
             f"--load {args.load}: the checkpoint was saved with --moe-backend {saved_backend}, and its optimizer state "
             f"does not fit {args.moe_backend}'s experts: add --no-load-optim for the weights alone, or save it again "
