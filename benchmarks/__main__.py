@@ -8,6 +8,7 @@ from pathlib import Path
 #: module of this package, one a benchmark; each has add_arguments(parser) and run(args) -> the table's text
 BENCHMARKS = {
     "router_overhead": "step time and peak memory of the gru router over the linear one, whole training runs",
+    "moe_layer": "tokens per second of one MoE layer: Megatron's sequential experts, MegaBlocks' grouped ones",
 }
 
 

@@ -1,8 +1,10 @@
 """Which library computes the experts (``--moe-backend``), and what MegaBlocks' experts cannot be combined with."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 
+from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
 
 MEGATRON, MEGABLOCKS = BACKENDS = ("megatron", "megablocks")
@@ -60,6 +62,14 @@ def _check_sizes(args: argparse.Namespace) -> None:
         )
 
 
+def _compiled_grouped_gemm() -> bool:
+    """Whether MegaBlocks will find the user's own build, which multiplies bf16 alone."""
+    return not megatron_cpu.active() and any(
+        (distribution.name or "").lower().replace("-", "_") == "grouped_gemm"
+        for distribution in importlib.metadata.distributions()
+    )
+
+
 def _refusals(args: argparse.Namespace):
     """(whether it applies, the option, what to do instead)."""
     megatron = "use --moe-backend megatron"
@@ -92,6 +102,12 @@ def _refusals(args: argparse.Namespace):
         "--moe-router-padding-for-quantization",
         f"it pads nothing; {leave_out}",
     )
+    yield (
+        not args.bf16 and _compiled_grouped_gemm(),
+        "fp32 or fp16 on the compiled grouped_gemm that is installed",
+        "add --bf16, or uninstall grouped_gemm",
+    )
+    yield "moe_act" in (args.recompute_modules or []), "--recompute-modules moe_act", "use moe or leave it out"
     yield args.fp8 or args.fp4, "--fp8-format and --fp4-format", "use --bf16"
     yield args.moe_apply_probs_on_input, "--moe-apply-probs-on-input", leave_out
     yield args.moe_latent_size is not None, "--moe-latent-size", leave_out

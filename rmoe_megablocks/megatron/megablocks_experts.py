@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rmoe_megablocks.compat import megablocks as megablocks_mode
+from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.megablocks_weights import ExpertShards, split_expert
 
 megablocks_mode.enable()  # before the first import of MegaBlocks
@@ -38,6 +39,8 @@ class MegaBlocksExperts(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config)
+        if pg_collection.expt_tp.size() > 1:
+            raise UsageError("--moe-backend megablocks: experts are whole; set --expert-tensor-parallel-size 1")
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.dp_group = pg_collection.expt_dp
@@ -53,6 +56,7 @@ class MegaBlocksExperts(MegatronModule):
             setattr(mlp, parameter_name, weight)
         if config.perform_initialization:
             self.reset_parameters()
+        self._register_load_state_dict_pre_hook(lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state"))
 
     def _mark(self, weight: Tensor) -> None:
         """Says who sums and counts its gradient, as Megatron does of its experts' (tensor_parallel/layers.py)."""
@@ -107,7 +111,14 @@ class MegaBlocksExperts(MegatronModule):
             replica_id=(0, 0, self.dp_group.rank()),
             singleton=(metadata or {}).get("singleton_local_shards", False),
         )
-        return shards.factories(dict(self.dropless.mlp.named_parameters()), f"{prefix}dropless.mlp.")
+        weights = shards.factories(dict(self.dropless.mlp.named_parameters()), f"{prefix}dropless.mlp.")
+        return weights | {f"{prefix}_extra_state": shards.extra_states()}
+
+    def get_extra_state(self) -> None:
+        """Nothing. Megatron's linear layers have this entry, so checkpoints must have it: see sharded_state_dict."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Whatever Megatron's experts had there: the scales of a quantization that there is not."""
 
 
 def _arguments(config: TransformerConfig, ep_group) -> Arguments:

@@ -57,7 +57,7 @@ _LAYERS = {MoELayer: MegaBlocksMoELayer, RecurrentMoELayer: RecurrentMegaBlocksM
 
 
 def use_megablocks(model_config: GPTModelConfig) -> None:
-    """Makes ``model_config`` build its MoE layers, of whichever router, with MegaBlocks' experts; changes it in place."""
+    """Makes ``model_config`` build its MoE layers, whatever the router, with MegaBlocks' experts. Changed in place."""
     block_spec = model_config.transformer_layer_spec or default_layer_spec
     model_config.transformer_layer_spec = partial(megablocks_block_spec, block_spec=block_spec)
 

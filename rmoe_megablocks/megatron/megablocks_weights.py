@@ -10,15 +10,17 @@ shard. So it loads into the other backend, and into another number of expert-par
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensorFactory
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 _MEGABLOCKS = re.compile(r"(?P<experts>.*\bexperts\.)dropless\.mlp\.(?P<name>w1|v1|w2)")
+_EXTRA_STATE = re.compile(r".*\bexperts\.(local_experts\.\d+\.linear_fc\d\.)?_extra_state")
 _MEGATRON = re.compile(r"(?P<experts>.*\bexperts\.)local_experts\.(?P<index>\d+)\.linear_(?P<name>fc1|fc2)\.weight")
 
 
@@ -34,13 +36,16 @@ def join_expert(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def from_megatron(state: Mapping[str, Tensor], gated: bool) -> dict[str, Tensor]:
-    """A rank's model state dict with Megatron's experts -> the same with MegaBlocks'. Other entries are passed on."""
+    """A rank's model state dict with Megatron's experts -> the same with MegaBlocks'.
+
+    Entries of other modules are passed on, experts' empty _extra_state entries left out.
+    """
     result, found = {}, {}
     for key, value in state.items():
         match = _MEGATRON.fullmatch(key)
         if match:
             found.setdefault(match["experts"], {}).setdefault(int(match["index"]), {})[match["name"]] = value
-        else:
+        elif not _EXTRA_STATE.fullmatch(key):
             result[key] = value
     for prefix, experts in found.items():
         rows = [split_expert(experts[i]["fc1"], experts[i]["fc2"], gated) for i in range(len(experts))]
@@ -56,7 +61,7 @@ def to_megatron(state: Mapping[str, Tensor], num_local_experts: int) -> dict[str
         match = _MEGABLOCKS.fullmatch(key)
         if match:
             found.setdefault(match["experts"], {})[match["name"]] = value.chunk(num_local_experts)
-        else:
+        elif not _EXTRA_STATE.fullmatch(key):
             result[key] = value
     for prefix, stacks in found.items():
         for i in range(num_local_experts):
@@ -93,23 +98,23 @@ class ExpertShards:
 
         Factories, because the optimizers describe their own state by calling them with another tensor.
         """
-        halves = 2 if "v1" in parameters else 1
-        parts = {"w1": ("linear_fc1", 0), "v1": ("linear_fc1", 1), "w2": ("linear_fc2", None)}
-        return {
-            prefix + name: self._factory(parameter, *parts[name], halves) for name, parameter in parameters.items()
-        }
+        gated = "v1" in parameters
+        return {prefix + name: self._factory(name, parameter, gated) for name, parameter in parameters.items()}
 
-    def _factory(self, parameter: Tensor, linear: str, half: int | None, halves: int) -> ShardedTensorFactory:
-        transposed = half is None
+    def _factory(self, name: str, parameter: Tensor, gated: bool) -> ShardedTensorFactory:
+        transposed = name == "w2"
+        linear = "linear_fc2" if transposed else "linear_fc1"
+        half = {"w1": 0, "v1": 1}.get(name) if gated else None
 
         @torch.no_grad()
         def build(key: str, tensor: Tensor, replica_id: tuple, flattened_range: slice | None) -> list[ShardedTensor]:
             if flattened_range is not None:
-                raise NotImplementedError(f"{key}: flattened optimizer shards (use torch_dist's current formats)")
-            shard = self._transposed_shard if transposed else self._half_shard(half, halves)
-            return [
-                shard(key, rows, self.first + i, replica_id) for i, rows in enumerate(tensor.chunk(self.local))
-            ]
+                raise NotImplementedError(f"{key}: optimizer state in flattened ranges, a format that Megatron gave up")
+            shards = []
+            for expert, rows in enumerate(tensor.chunk(self.local), self.first):
+                matrix = rows.mT.contiguous() if transposed else rows
+                shards.append(self._shard(key, matrix, expert, half, replica_id))
+            return shards
 
         @torch.no_grad()
         def merge(shards: list[Tensor]) -> Tensor:
@@ -117,28 +122,28 @@ class ExpertShards:
 
         return ShardedTensorFactory(f"{self.prefix}{linear}.weight", parameter, build, merge, self.replica_id)
 
-    def _transposed_shard(self, key: str, rows: Tensor, expert: int, replica_id: tuple) -> ShardedTensor:
-        return self._shard(key, rows.mT.contiguous(), expert, replica_id)
+    def extra_states(self) -> list[ShardedObject]:
+        """The empty entries that Megatron's linear layers write, and miss in a checkpoint without them."""
+        result = []
+        for expert in range(self.first, self.first + self.local):
+            for linear in ("linear_fc1", "linear_fc2"):
+                key, offsets = self._place(f"{self.prefix}{linear}._extra_state", expert)
+                result.append(make_sharded_object_for_checkpoint(None, key, offsets, replica_id=self.replica_id))
+        return result
 
-    def _half_shard(self, half: int, halves: int) -> Callable[..., ShardedTensor]:
-        def shard(key: str, rows: Tensor, expert: int, replica_id: tuple) -> ShardedTensor:
-            if halves == 1:
-                return self._shard(key, rows, expert, replica_id)
-            if self.singleton:  # Megatron's names for the two halves
-                return self._shard(f"{key}_{'wv'[half]}", rows, expert, replica_id)
-            return self._shard(key, rows, expert, replica_id, (half, halves))
-
-        return shard
-
-    def _shard(
-        self, key: str, tensor: Tensor, expert: int, replica_id: tuple, rows_of: tuple[int, int] | None = None
-    ) -> ShardedTensor:
-        offsets = self.offsets
+    def _place(self, key: str, expert: int) -> tuple[str, tuple]:
+        """An expert's key and offsets in the checkpoint. ``key`` may begin with an optimizer's prefix."""
         if self.singleton:
-            key = key.replace(self.prefix, f"{self.prefix}{expert}.", 1)
-        else:
-            offsets = (*offsets, (len(offsets), expert, self.total))
+            return key.replace(self.prefix, f"{self.prefix}{expert}.", 1), self.offsets
+        return key, (*self.offsets, (len(self.offsets), expert, self.total))
+
+    def _shard(self, key: str, matrix: Tensor, expert: int, half: int | None, replica_id: tuple) -> ShardedTensor:
+        """One expert's matrix, or its ``half`` of linear_fc1: gate 0, up 1."""
+        key, offsets = self._place(key, expert)
         axes = len(offsets)
-        if rows_of is not None:
-            offsets = (*offsets, (axes, *rows_of))
-        return ShardedTensor.from_rank_offsets(key, tensor, *offsets, replica_id=replica_id, prepend_axis_num=axes)
+        if half is not None:
+            if self.singleton:  # Megatron's names for the two
+                key = f"{key}_{'wv'[half]}"
+            else:
+                offsets = (*offsets, (axes, half, 2))
+        return ShardedTensor.from_rank_offsets(key, matrix, *offsets, replica_id=replica_id, prepend_axis_num=axes)

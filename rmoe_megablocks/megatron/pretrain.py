@@ -101,7 +101,8 @@ def _announce(reporter: Reporter, run: Run) -> None:
     args = run.args
     for note in run.notes:
         reporter.say(note)
-    reporter.say(f"{args.run_name}: {args.moe_router_type} router, {layout(args)}; files in {run.folder}")
+    experts = f", {args.moe_backend} experts" if args.num_experts else ""
+    reporter.say(f"{args.run_name}: {args.moe_router_type} router{experts}, {layout(args)}; files in {run.folder}")
     if torch.distributed.get_rank() == 0:
         (run.folder / "config.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": run.config}, sort_keys=False))
         (run.folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=2, sort_keys=True))
@@ -126,6 +127,7 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
     totals = reporter.totals()
     summary = {
         "router": args.moe_router_type,
+        "moe_backend": args.moe_backend,
         "layout": layout(args),
         "iterations": reporter.iteration or args.iteration,
         "tokens": totals["tokens"],

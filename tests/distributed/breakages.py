@@ -28,11 +28,36 @@ def _changed_parameters(**attributes):
         yield
 
 
+@contextlib.contextmanager
+def _changed_experts(change):
+    from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts  # needs MegaBlocks
+
+    original = MegaBlocksExperts.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        change(self)
+
+    with mock.patch.object(MegaBlocksExperts, "__init__", init):
+        yield
+
+
+def _scale_gradients(experts) -> None:
+    experts.dropless.mlp.gradient_scale = 1 / experts.ep_group.size()  # as MegaBlocks sets it
+
+
+def _reduce_as_dense(experts) -> None:
+    for parameter in experts.parameters():
+        parameter.allreduce = True
+
+
 _BREAKAGES = {
     None: contextlib.nullcontext,
     "detached state": _detached_state,
     "no gradient sync over stages": lambda: _changed_parameters(pipeline_parallel=False),
     "counted on every stage": lambda: _changed_parameters(shared=False),
+    "experts' gradients divided twice": lambda: _changed_experts(_scale_gradients),
+    "experts reduced as dense weights": lambda: _changed_experts(_reduce_as_dense),
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 
