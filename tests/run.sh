@@ -24,7 +24,7 @@ step() {
 scripts=()
 while IFS= read -r script; do
     scripts+=("$script")
-done < <({ git ls-files "*.sh" .ci/run 2>/dev/null || true; ls launch/*.sh tests/*.sh .ci/run; } | sort -u)
+done < <({ git ls-files "*.sh" "*.sbatch" .ci/run 2>/dev/null || true; ls launch/*.sh tests/*.sh .ci/run; } | sort -u)
 
 step "$RMOE_PYTHON" -m ruff check .
 step "$RMOE_PYTHON" -m ruff format --check .

@@ -21,7 +21,18 @@ from rmoe_megablocks.launcher.process import end_with_parent, report
 
 def main(argv: list[str]) -> int:
     """Run torchrun in this process and return the exit code of the run."""
+    # SLURM sends it to every process of a job step, but what it means is for the launcher to decide, see supervise.
+    # Ignoring is inherited: by the workers, and by the helper processes that they need for saving.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     end_with_parent()
+    # the machine that hosts torchrun's store may be the first to finish: the others answer with a C++ stack trace
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    import torch  # noqa: F401  reads it
+
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # not for the workers
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import time
 import warnings
 
 _PR_SET_PDEATHSIG = 1
@@ -35,3 +37,14 @@ def quiet_warnings(speaks: bool) -> None:
 def report(message: object) -> None:
     """One line of an error on standard error."""
     print(f"rmoe: error: {message}", file=sys.stderr, flush=True)
+
+
+def report_from_rank(message: object) -> None:
+    """One line of an error that every rank tends to find, from a process that torchrun started and that now ends."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        report(message)
+        return
+    # Rank 0's exit ends this process during the wait; a rank with an error of its own survives it and speaks.
+    time.sleep(3)
+    report(f"rank {rank}: {message}")

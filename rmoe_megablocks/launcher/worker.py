@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher import options
 from rmoe_megablocks.launcher.arguments import resolve
-from rmoe_megablocks.launcher.process import end_with_parent, quiet_warnings, report
+from rmoe_megablocks.launcher.process import end_with_parent, quiet_warnings, report_from_rank
 
 
 def main(argv: list[str]) -> int:
@@ -42,13 +41,7 @@ def main(argv: list[str]) -> int:
 
         return pretrain.main(run.megatron) or 0
     except UsageError as error:
-        if rank != 0:
-            # Every rank tends to find the same error, and one line says it. Rank 0's exit ends this process during
-            # the wait; a rank that finds an error of its own survives it and speaks for itself.
-            time.sleep(3)
-            report(f"rank {rank}: {error}")
-        else:
-            report(error)
+        report_from_rank(error)
         return 2
 
 

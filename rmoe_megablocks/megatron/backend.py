@@ -78,7 +78,7 @@ def _refusals(args: argparse.Namespace):
     yield (
         (args.expert_tensor_parallel_size or 1) > 1,
         f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}",
-        "its experts are whole; leave it out (1) and spread experts with --expert-model-parallel-size",
+        "its experts are whole; use 1 and spread them with --expert-model-parallel-size",
     )
     yield (
         (args.expert_tensor_parallel_num_weight_shards or 1) > 1,

@@ -60,7 +60,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     dataset, metadata = _choose_data(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
-    notes += _choose_optimizer_checkpoint(args)
+    notes += choose_optimizer_checkpoint(args)
     if (iteration := checkpoints.latest_iteration(args.load)) is not None:
         notes.append(f"continuing from iteration {iteration} in {args.load}")
     del args.explicit
@@ -112,7 +112,7 @@ def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
         args.data_cache_path = str(folder / "data_cache")
 
 
-def _choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
+def choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
     """Picks the optimizer checkpoint format that can hold a small shared recurrence over many data-parallel ranks."""
     router_type = get_router_type(args.moe_router_type)
     if not (router_type.recurrent and args.use_distributed_optimizer) or args.dist_ckpt_optim_fully_reshardable:

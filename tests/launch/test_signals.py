@@ -132,6 +132,16 @@ def test_every_stop_signal_saves(start, number):
     assert run.saved()
 
 
+def test_slurm_may_send_its_signal_to_every_process(start):
+    """As scancel and srun do. The stand-in worker would die of it, as a checkpoint's helper processes would."""
+    run = start(plain=False)
+    run.workers()
+    for process in [*psutil.Process(run.process.pid).children(recursive=True), run.process]:
+        process.send_signal(signal.SIGUSR1)
+    assert run.end() == (0, STOPPING)
+    assert run.saved()
+
+
 def test_the_second_signal_ends_everything(start):
     run = start("stubborn")
     workers = run.workers()

@@ -1,0 +1,108 @@
+"""The router in somebody else's training script: its arguments, its checks, its place in the model.
+
+:mod:`.run` calls these from inside Megatron, a patched pretrain_gpt.py (patches/megatron-lm) by name.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from megatron.training import get_args
+from megatron.training.models.gpt import GPTModelConfig
+
+from rmoe_megablocks.compat import megatron_script_hooks
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import arguments, checkpoints
+from rmoe_megablocks.megatron.backend import MEGATRON
+from rmoe_megablocks.megatron.install import install_router
+from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
+from rmoe_megablocks.routing import get_router_type
+
+AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def install_hooks() -> None:
+    """Makes Megatron do the same for a script that knows nothing of it."""
+    megatron_script_hooks.extend_parse_args(with_router_arguments(), _check_parsed)
+    megatron_script_hooks.extend_gpt_config(prepare_model)
+    megatron_script_hooks.check_before_pretrain(_check_model)
+
+
+def with_router_arguments(provider: AddArguments | None = None) -> AddArguments:
+    """An ``extra_args_provider`` that adds the router's arguments to those of the script's own ``provider``."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        if provider is not None:
+            parser = provider(parser)
+        if "--moe-router-type" in parser._option_string_actions:  # a patched script in the wrapper
+            return parser
+        return arguments.add_router_arguments(parser)
+
+    return add_arguments
+
+
+def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> None:
+    """Checks ``args`` and makes ``model_config`` build a model with the router that they ask for.
+
+    Call it between ``gpt_config_from_args`` and ``pretrain_cfg_container_from_args``. A model with Megatron's own
+    router and experts is left untouched.
+
+    Raises:
+        UsageError: one clear line.
+    """
+    _check_router(args)
+    if args.yaml_cfg is not None:
+        return
+    checkpoints.check_router_matches(args)
+    stock = not get_router_type(args.moe_router_type).recurrent and args.moe_backend == MEGATRON
+    if stock or _is_prepared(model_config):
+        return
+    if type(model_config) is not GPTModelConfig:  # a subclass names another builder, which makes layers of its own
+        raise UsageError(
+            f"--moe-router-type {args.moe_router_type} does not work with a {type(model_config).__name__}: "
+            "leave out what makes the script use it (as ModelOpt's arguments)"
+        )
+    for note in choose_optimizer_checkpoint(args):
+        if args.rank == 0:
+            print(note, flush=True)
+    install_router(model_config, args)
+    model_config.transformer.router_prepared = True
+
+
+def _check_parsed(args: argparse.Namespace) -> None:
+    """Refuses early what can be, before Megatron validates and starts."""
+    if args.yaml_cfg is not None or not args.use_checkpoint_args:  # which brings the model's sizes later
+        _check_router(args)
+
+
+def _check_router(args: argparse.Namespace) -> None:
+    options = _typed_options()
+    if args.yaml_cfg is not None:  # the file has replaced all arguments, ours are not in it
+        named = any(option.startswith(("--moe-router-type", "--moe-router-rnn-")) for option in options)
+        if named or getattr(args, "moe_router_type", "linear") != "linear":
+            raise UsageError("--moe-router-type does not work with --yaml-cfg: use arguments")
+        args.moe_router_type = "linear"
+        return
+    args.explicit = options
+    try:
+        arguments.check_router_arguments(args)
+    finally:
+        del args.explicit  # Megatron saves its arguments with every checkpoint
+
+
+def _typed_options() -> set[str]:
+    return {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+
+
+def _check_model(model_config: object) -> None:
+    """Refuses to train a model that was built without the router that was asked for."""
+    args = get_args()
+    if get_router_type(args.moe_router_type).recurrent and not _is_prepared(model_config):
+        raise UsageError(
+            f"--moe-router-type {args.moe_router_type}: {sys.argv[0]} does not build its model with "
+            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 does, so the router cannot be put in"
+        )
+
+
+def _is_prepared(model_config: object) -> bool:
+    return getattr(getattr(model_config, "transformer", None), "router_prepared", False)
