@@ -17,7 +17,7 @@ import torch
 
 from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
 from megatron.core import mpu
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import training
 
@@ -107,7 +107,7 @@ def main(cases_file: str, out: str) -> None:
         if "error" in result:
             print(result["error"], file=sys.stderr)
             os._exit(1)  # the other ranks may wait for this one
-        get_moe_metrics_tracker().clear()
+        destroy_moe_metrics_tracker()
         training.destroy_global_state()
         gc.collect()
     torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ import pytest
 import rmoe_megablocks.megatron as megatron_package
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher import __main__ as launcher
-from rmoe_megablocks.launcher import agent, arguments, options, worker
+from rmoe_megablocks.launcher import agent, arguments, options, process, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "pretrain_rmoe.sh"
@@ -159,7 +159,7 @@ def trained(monkeypatch):
         return 7 if "--seven" in argv else None
 
     monkeypatch.setattr(megatron_package, "pretrain", types.SimpleNamespace(main=main), raising=False)
-    monkeypatch.setattr(worker.time, "sleep", lambda _: None)
+    monkeypatch.setattr(process.time, "sleep", lambda _: None)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     yield calls

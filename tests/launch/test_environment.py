@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+MEGABLOCKS = "rmoe_megablocks.compat.megablocks.install"  # the set-up's last step
 
 # Answers what environment.sh asks of a Python: its version, the probe ("-"), "-m venv" and "-m pip".
 FAKE_PYTHON = """#!/bin/bash
@@ -129,7 +130,7 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine):
     code, out, err = machine.run()
     assert (code, out) == (0, str(machine.venv / "bin" / "python"))
     assert [line.split()[1] for line in err.splitlines()] == ["making", "installing", "environment"]
-    assert machine.calls() == ["venv", "pip"]
+    assert machine.calls() == ["venv", "pip", MEGABLOCKS]
     assert "torch==2.11.0 -e .[test]" in (machine.venv / "setup.log").read_text()
 
     assert machine.run() == (0, out, "")
@@ -140,7 +141,7 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine):
     assert machine.run() == (0, out, "")
     setup.write_text(setup.read_text().replace("tqdm>=4.60", "tqdm>=4.61"))
     assert machine.run()[0] == 0
-    assert machine.calls() == ["pip"]
+    assert machine.calls() == ["pip", MEGABLOCKS]
 
 
 def test_an_interrupted_set_up_starts_afresh(machine):
@@ -150,7 +151,7 @@ def test_an_interrupted_set_up_starts_afresh(machine):
     assert machine.calls() == ["venv", "pip"]
     (machine.folder / "interrupt").unlink()
     assert machine.run()[0] == 0
-    assert machine.calls() == ["venv", "pip"]
+    assert machine.calls() == ["venv", "pip", MEGABLOCKS]
     assert machine.run()[2] == ""
 
 
@@ -171,7 +172,7 @@ def test_two_launches_at_once_set_up_once(machine):
     assert [process.communicate(timeout=30)[0].strip() for process in processes] == [
         str(machine.venv / "bin/python")
     ] * 3
-    assert machine.calls() == ["venv", "pip"]
+    assert machine.calls() == ["venv", "pip", MEGABLOCKS]
 
 
 def test_a_venv_made_by_hand_is_used_if_fit(machine):

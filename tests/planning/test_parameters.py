@@ -21,10 +21,10 @@ CASES = {
     "tied, one process": "--no-untie-embeddings-and-output-weights --pipeline-model-parallel-size 1",
     "layer norm": PP2 + "--normalization LayerNorm",
     "biases": PP2 + "--no-disable-bias-linear --moe-router-type linear",
-    "biases, recurrent": PP2 + "--no-disable-bias-linear --moe-router-rnn-bias",
+    "biases of the recurrent router": PP2 + "--moe-router-rnn-bias",
     "biases over tensor and experts": PP2
     + "--no-disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
-    + "--expert-model-parallel-size 2 --moe-layer-freq 2",
+    + "--expert-model-parallel-size 2 --moe-layer-freq 2 --moe-router-type linear",
     "qkv bias": PP2 + "--add-qkv-bias",
     "two matrices": PP2 + "--no-swiglu",
     "grouped queries": PP2 + "--group-query-attention --num-query-groups 2 --kv-channels 16",
