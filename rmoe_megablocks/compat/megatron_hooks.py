@@ -1,10 +1,13 @@
 """Every place where the adapter replaces a name inside Megatron, with the reason. All of them are idempotent."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import training
+from megatron.training.models import gpt
 
 
 def use_p2p_communicator(communicator: type) -> None:
@@ -12,6 +15,28 @@ def use_p2p_communicator(communicator: type) -> None:
     another message width (schedules.py:1157 and 2116 take config.hidden_size), and pretrain(p2p_communicator=)
     wants process groups that exist only later."""
     schedules.P2PCommunicator = communicator
+
+
+def change_mtp_layers(change: Callable[[gpt.GPTModelConfig, ModuleSpec], ModuleSpec]) -> None:
+    """Replaces the transformer layer inside every multi-token prediction layer by ``change(model_config, spec)``.
+
+    ``gpt.mtp_block_spec``, looked up when called (models/gpt.py:264), makes layers of its own and does not look at
+    the model's transformer_layer_spec: they would silently keep Megatron's router.
+    """
+    original = getattr(gpt.mtp_block_spec, "original", gpt.mtp_block_spec)
+
+    def mtp_block_spec(model_config, *args, **kwargs):
+        block = original(model_config, *args, **kwargs)
+        if block is None:
+            return None
+        return dataclasses.replace(block, layer_specs=[changed(model_config, spec) for spec in block.layer_specs])
+
+    def changed(model_config: gpt.GPTModelConfig, spec: ModuleSpec) -> ModuleSpec:
+        layer = change(model_config, spec.submodules.mtp_model_layer)
+        return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mtp_model_layer=layer))
+
+    mtp_block_spec.original = original
+    gpt.mtp_block_spec = mtp_block_spec
 
 
 def observe_training_log(observer: Callable[..., None]) -> None:

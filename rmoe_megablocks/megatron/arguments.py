@@ -183,7 +183,8 @@ def check_router_arguments(args: argparse.Namespace) -> None:
         if refused:
             raise UsageError(f"--moe-router-type {args.moe_router_type} does not work with {option}: {instead}")
     stages = args.pipeline_model_parallel_size * _virtual_stages(args)
-    if args.num_layers and args.num_layers < stages and not args.pipeline_model_parallel_layout:
+    alone = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    if args.num_layers and args.num_layers + alone < stages and not args.pipeline_model_parallel_layout:
         raise UsageError(
             f"--num-layers {args.num_layers} leaves stages of the {stages} (pipeline x virtual) without a layer; "
             "a routing state needs at least one layer a stage: lower --pipeline-model-parallel-size"
@@ -199,6 +200,12 @@ def _virtual_stages(args: argparse.Namespace) -> int:
     return 1
 
 
+def _mtp_alone(args: argparse.Namespace) -> bool:
+    """Whether a stage before the last one ends in multi-token prediction: its message holds several hidden states."""
+    layout = args.pipeline_model_parallel_layout
+    return isinstance(layout, str) and "m" in layout.rpartition("|")[0]
+
+
 def _refusals(args: argparse.Namespace):
     """(whether it applies, the option, what to use instead)."""
     local = args.transformer_impl == "local"
@@ -210,10 +217,11 @@ def _refusals(args: argparse.Namespace):
     low_precision = bool(args.fp8 or args.fp4)
     moe_recompute = args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or [])
     yield (
-        args.mtp_num_layers,
-        "--mtp-num-layers",
-        "multi-token prediction layers have no routing state yet; leave it out",
+        _mtp_alone(args),
+        "--pipeline-model-parallel-layout with multi-token prediction (m) before the last stage",
+        "put m on the stage of the loss (L)",
     )
+    yield args.mtp_hybrid_override_pattern, "--mtp-hybrid-override-pattern", "only GPT layers carry the state"
     yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers cannot take the state; use none"
     yield (
         args.overlap_moe_expert_parallel_comm,

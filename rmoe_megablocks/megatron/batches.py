@@ -7,7 +7,14 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+    get_model_config,
+)
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -56,7 +63,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
 datasets_provider.is_distributed = True  # read by Megatron: every rank calls it
 
 
-def get_batch(data_iterator, vp_stage: int | None) -> list[Tensor | None]:
+def get_batch(data_iterator, config: TransformerConfig, vp_stage: int | None) -> list[Tensor | None]:
     """This rank's part of the next micro-batch, in the order of BATCH_KEYS; all None on stages that need none."""
     args = get_args()
     if not is_first_or_last_pipeline_stage(vp_stage):
@@ -77,7 +84,9 @@ def get_batch(data_iterator, vp_stage: int | None) -> list[Tensor | None]:
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=mtp_on_this_rank(
+            config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+        ),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -107,7 +116,7 @@ def forward_step(data_iterator, model):
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     tokens, labels, loss_mask, position_ids, attention_mask = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
+        data_iterator, get_model_config(model), get_attr_wrapped_model(model, "vp_stage")
     )
     timers("batch-generator").stop()
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)

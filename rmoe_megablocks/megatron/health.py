@@ -14,11 +14,14 @@ class RoutingHealth:
     no_grad do not.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_mtp_layers: int, num_experts: int) -> None:
         self.measuring = False
+        self._num_layers = num_layers
         self._num_experts = num_experts
         # columns: assignments to each expert, summed probability of each expert, entropy, |h|, tokens
-        self._sums_LC = torch.zeros(num_layers, 2 * num_experts + 3, dtype=torch.float64, device="cuda")
+        self._sums_LC = torch.zeros(
+            num_layers + num_mtp_layers, 2 * num_experts + 3, dtype=torch.float64, device="cuda"
+        )
 
     def watch(self, chunks: list[torch.nn.Module]) -> None:
         """Observes every router of ``chunks``. Their results are passed through unchanged."""
@@ -42,7 +45,8 @@ class RoutingHealth:
         probs_TE = scores_TE.exp()
         state_norm = router.state.float().norm(dim=-1).sum() if isinstance(router, RecurrentTopKRouter) else 0.0
         experts = self._num_experts
-        row = self._sums_LC[router.layer_number - 1]
+        # multi-token prediction layers are numbered on their own
+        row = self._sums_LC[router.layer_number - 1 + router.is_mtp_layer * self._num_layers]
         row[:experts] += routing_map_TE.sum(0)
         row[experts : 2 * experts] += probs_TE.sum(0)
         row[-3] -= (probs_TE * scores_TE).sum()

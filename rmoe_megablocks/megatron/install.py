@@ -12,6 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import stage_boundary
 from rmoe_megablocks.megatron.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.layer import RecurrentMoELayer, RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
@@ -48,6 +49,7 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
     model_config.transformer_layer_spec = recurrent_block_spec
     model_config.pre_wrap_hooks.append(partial(connect_stages, seed=args.seed))
     megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
+    megatron_hooks.change_mtp_layers(_recurrent_mtp_layer_spec)
 
 
 def routing_config(args, init_method) -> RoutingConfig:
@@ -66,6 +68,15 @@ def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = No
     """Megatron's own layer specs of this stage with our layer, MoE layer and router in their places."""
     block = default_layer_spec(model_config, vp_stage)
     return dataclasses.replace(block, layer_specs=[_recurrent_layer_spec(spec) for spec in block.layer_specs])
+
+
+def _recurrent_mtp_layer_spec(model_config: GPTModelConfig, spec: ModuleSpec) -> ModuleSpec:
+    """A multi-token prediction layer's inner transformer layer, recurrent where the model is.
+
+    Nobody hands it a state, so it starts from h_0 = 0: its input belongs to two tokens, of which the decoder's state
+    has followed one, and the layer is left out at inference, which must not depend on it.
+    """
+    return _recurrent_layer_spec(spec) if hasattr(model_config.transformer, "routing") else spec
 
 
 def _recurrent_layer_spec(spec: ModuleSpec) -> ModuleSpec:
@@ -87,15 +98,10 @@ def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
     shared = SharedRecurrence(chunks[0].config, chunks[0].pg_collection, seed)
     chunks[0].rnn_router = shared  # last submodule: see SharedRecurrence
     for chunk in chunks:
-        layers = chunk.decoder.layers
-        if len(layers) == 0:
-            raise UsageError(
-                "--moe-router-type: a pipeline stage without transformer layers cannot hand the routing state on; "
-                "give every stage at least one (--num-layers, --pipeline-model-parallel-layout)"
-            )
-        layers[0].receives_state = not chunk.pre_process
-        layers[-1].sends_state = not chunk.post_process
-        for module in chunk.modules():
-            if isinstance(module, RecurrentTopKRouter):
-                module.bind(shared)
+        stage_boundary.connect(chunk)
+        routers = [module for module in chunk.modules() if isinstance(module, RecurrentTopKRouter)]
+        for router in routers:
+            router.bind(shared)
+        if chunk is chunks[0] and not routers:
+            chunk.decoder.register_forward_hook(shared.report_no_gradient)
     return chunks

@@ -40,7 +40,7 @@ class RecurrentTransformerLayer(TransformerLayer):
     TransformerBlock threads (hidden_states, context) through its layers and through full recompute as explicit
     inputs and outputs; a decoder-only model leaves the second place free. Dense layers pass the state through.
     The first layer of a stage splits the state off the message from the previous stage, the last one of a stage
-    that is followed by another appends it: :mod:`.install` sets the two attributes.
+    that is followed by another appends it: :func:`.stage_boundary.connect` sets the two attributes.
     """
 
     receives_state = False
@@ -59,3 +59,22 @@ class RecurrentTransformerLayer(TransformerLayer):
         if self.sends_state:
             hidden_states = stage_boundary.pack(hidden_states, h_SBP, self.config)
         return hidden_states, h_SBP
+
+    def _maybe_unflatten_for_moe(self, hidden_states: Tensor, padding_mask: Tensor | None, packed_seq_params):
+        """Upstream gives packed micro-batches [B*S, 1, H] their batch dimension back for the MoE layer; the state too."""
+        hidden_states, padding_mask, micro_batch_size = super()._maybe_unflatten_for_moe(
+            hidden_states, padding_mask, packed_seq_params
+        )
+        if micro_batch_size is not None and (h_TP := self.mlp.router.take_state()) is not None:
+            h_TP = h_TP.view(micro_batch_size, packed_seq_params.tokens_per_sample, -1).transpose(0, 1)
+            self.mlp.router.put_state(h_TP)
+        elif micro_batch_size is not None:
+            self.mlp.router.put_state(None)
+        return hidden_states, padding_mask, micro_batch_size
+
+    def _maybe_reflatten_from_moe(self, output: Tensor, packed_seq_params, micro_batch_size: int | None):
+        """And back: [S, B, P] -> [B*S, 1, P]."""
+        if micro_batch_size is not None:
+            h_SBP = self.mlp.router.take_state()
+            self.mlp.router.put_state(h_SBP.transpose(0, 1).reshape(-1, 1, h_SBP.shape[-1]))
+        return super()._maybe_reflatten_from_moe(output, packed_seq_params, micro_batch_size)

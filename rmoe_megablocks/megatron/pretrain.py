@@ -70,7 +70,9 @@ def _train(run: Run) -> int:
 
     def on_model(chunks: Model) -> None:
         model.extend(chunks)
-        health = RoutingHealth(args.num_layers, args.num_experts) if args.num_experts else None
+        health = (
+            RoutingHealth(args.num_layers, args.mtp_num_layers or 0, args.num_experts) if args.num_experts else None
+        )
         if health is not None:
             health.watch(chunks)
         metadata = run.metadata

@@ -9,6 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from rmoe_megablocks.megatron.stage_boundary import state_dtype
 from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
 
@@ -42,6 +43,16 @@ class SharedRecurrence(MegatronModule):
     def forward(self, p_TP: Tensor, h_TP: Tensor | None) -> Tensor:
         """One step of the recurrence, see :class:`rmoe_megablocks.routing.RouterType`."""
         return self.cell(p_TP, h_TP)
+
+    def report_no_gradient(self, decoder: torch.nn.Module, args: tuple, hidden_SBH: Tensor) -> Tensor:
+        """Forward hook of a decoder without any router, on the chunk that these parameters are registered on.
+
+        Megatron's overlapped communication waits there for a call of every module that has parameters, and for a
+        gradient of each parameter: the recurrence makes one step for nothing, and its gradient is zero.
+        """
+        config = self.config
+        p_TP = torch.zeros(1, config.router_state_size, dtype=state_dtype(config), device=hidden_SBH.device)
+        return _WithoutGradient.apply(hidden_SBH, self(p_TP, None))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The same tensors on every stage: replicas of one, told apart by pipeline, tensor and data rank."""
@@ -94,3 +105,17 @@ class _GradientInBuffer(torch.autograd.Function):
         parameter.main_grad.add_(grad)
         parameter.grad_added_to_main_grad = True
         return torch.zeros_like(parameter), None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The first argument unchanged; the second gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, h_TP: Tensor) -> Tensor:
+        ctx.save_for_backward(h_TP)
+        return hidden.clone()  # schedules free a stage's output and refuse a view
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (h_TP,) = ctx.saved_tensors
+        return grad, torch.zeros_like(h_TP)

@@ -1,11 +1,13 @@
 """The routing state's passage from one pipeline stage to the next: inside the message of the hidden states.
 
-A message is [S, B, H + W] in the pipeline's dtype. Its last W columns are the bits of h_SBP [S, B, P]: W = P for
+Every message is [S, B, H + W] in the pipeline's dtype. Its last W columns are the bits of h_SBP [S, B, P]: W = P for
 equal dtypes, 2P for an fp32 state under bf16. The backward message has the same form and carries the gradients.
 """
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from rmoe_megablocks.megatron.router import router_dtype
@@ -37,6 +39,35 @@ def pack(hidden_SBH: Tensor, h_SBP: Tensor | None, config) -> Tensor:
 def unpack(message: Tensor, config) -> tuple[Tensor, Tensor]:
     """Message -> hidden states [S, B, H] and state [S, B, P], bit for bit what :func:`pack` was given."""
     return _Unpack.apply(message, config.hidden_size, state_dtype(config))
+
+
+def connect(chunk: GPTModel) -> None:
+    """Marks where the state enters and leaves the stage that ``chunk`` is, and pads or strips messages without layers.
+
+    The first layer of a stage splits the state off and the last one appends it. Stages without a decoder layer (only
+    the embedding, only multi-token prediction and the loss) have no layer to do so; behind the last decoder layer the
+    state has no reader any more, and a final norm may follow that wants hidden states alone: zeros travel there.
+    """
+    layers, config = chunk.decoder.layers, chunk.config
+    if len(layers) > 0:
+        holds_last = layers[-1].layer_number == config.num_layers
+        layers[0].receives_state = not chunk.pre_process
+        layers[-1].sends_state = not (chunk.post_process or holds_last)
+        pads = holds_last and not chunk.post_process
+    else:
+        pads = chunk.pre_process
+        if chunk.post_process:
+            chunk.decoder.register_forward_pre_hook(_drop_state)
+    if pads:
+        chunk.decoder.register_forward_hook(_append_zeros)
+
+
+def _drop_state(decoder: TransformerBlock, args: tuple) -> None:
+    decoder.input_tensor, _ = unpack(decoder.input_tensor, decoder.config)
+
+
+def _append_zeros(decoder: TransformerBlock, args: tuple, hidden_SBH: Tensor) -> Tensor:
+    return pack(hidden_SBH, None, decoder.config)
 
 
 def _join(hidden: Tensor, state: Tensor) -> Tensor:
