@@ -3,7 +3,11 @@
 import contextlib
 from unittest import mock
 
+from megatron.core.tensor_parallel import random
+
 from rmoe_megablocks.megatron import install, layer, stage_boundary
+from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
+from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.megatron.shared import SharedRecurrence
 
 
@@ -25,6 +29,31 @@ def _changed_parameters(**attributes):
                 setattr(parameter, name, value)
 
     with mock.patch.object(install.SharedRecurrence, "__init__", init):
+        yield
+
+
+@contextlib.contextmanager
+def _routing_not_sequence_parallel():
+    original = RecurrentTopKRouter.reset_parameters
+
+    def reset_parameters(self):
+        original(self)
+        for parameter in self.routing_layer.parameters():
+            parameter.sequence_parallel = False
+
+    with mock.patch.object(RecurrentTopKRouter, "reset_parameters", reset_parameters):
+        yield
+
+
+@contextlib.contextmanager
+def _layers_detach_state():
+    original = RecurrentTransformerLayer.forward
+
+    def forward(self, *args, **kwargs):
+        hidden_states, state = original(self, *args, **kwargs)
+        return hidden_states, state.detach()
+
+    with mock.patch.object(RecurrentTransformerLayer, "forward", forward):
         yield
 
 
@@ -56,6 +85,9 @@ _BREAKAGES = {
     "detached state": _detached_state,
     "no gradient sync over stages": lambda: _changed_parameters(pipeline_parallel=False),
     "counted on every stage": lambda: _changed_parameters(shared=False),
+    "no gradient sync over tensor ranks": _routing_not_sequence_parallel,
+    "state recomputed without its gradient": _layers_detach_state,
+    "random state not restored": lambda: mock.patch.object(random, "_set_all_rng_states", lambda *states: None),
     "experts' gradients divided twice": lambda: _changed_experts(_scale_gradients),
     "experts reduced as dense weights": lambda: _changed_experts(_reduce_as_dense),
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -97,12 +98,14 @@ def main(cases_file: str, out: str) -> None:
     for case in json.loads(Path(cases_file).read_text()):
         if only and case["name"] not in only.split(","):
             continue
-        log = io.StringIO()
+        log, started = io.StringIO(), time.perf_counter()
         try:
             with contextlib.redirect_stdout(log):
                 result = run_case(case)
         except BaseException:  # reported by the test that reads the result
             result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
+        if rank == 0:
+            print(f"{time.perf_counter() - started:6.2f} s  {case['name']}", flush=True)
         torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
         if "error" in result:
             print(result["error"], file=sys.stderr)

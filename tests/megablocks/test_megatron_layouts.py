@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from rmoe_megablocks.megatron.megablocks_weights import to_megatron
-from tests.distributed.test_layouts import (
-    BASE,
-    FULL_RECOMPUTE,
-    INTERLEAVED,
-    MOE_RECOMPUTE,
-    PP2,
-    torchrun,
-)
+from tests.distributed.cases import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
+from tests.distributed.lab import torchrun
 
 ITERATIONS = 10
 TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]

@@ -8,7 +8,7 @@ import pytest
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import preflight
-from tests.distributed.test_layouts import BASE
+from tests.distributed.cases import BASE
 
 PP2 = "--pipeline-model-parallel-size 2"
 REFUSED = {

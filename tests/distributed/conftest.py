@@ -1,0 +1,14 @@
+"""One lab for all tests of this folder."""
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.lab import Lab
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    """All cases of the tables, run."""
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.run(cases.everything())
+    return lab
