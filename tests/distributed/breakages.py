@@ -3,6 +3,8 @@
 import contextlib
 from unittest import mock
 
+from megatron.core import tensor_parallel
+
 from rmoe_megablocks.megatron import install, layer, stage_boundary
 from rmoe_megablocks.megatron.shared import SharedRecurrence
 
@@ -51,6 +53,17 @@ def _reduce_as_dense(experts) -> None:
         parameter.allreduce = True
 
 
+def _keys_gradient_not_summed():
+    from rmoe_megablocks.compat.megatron_cpu.context_parallel import ContextParallelAttention  # CPU mode alone
+
+    def gather(self, tensor):
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            tensor, tensor_parallel_output_grad=False, group=self.pg_collection.cp
+        )
+
+    return mock.patch.object(ContextParallelAttention, "_gather", gather)
+
+
 _BREAKAGES = {
     None: contextlib.nullcontext,
     "detached state": _detached_state,
@@ -58,6 +71,7 @@ _BREAKAGES = {
     "counted on every stage": lambda: _changed_parameters(shared=False),
     "experts' gradients divided twice": lambda: _changed_experts(_scale_gradients),
     "experts reduced as dense weights": lambda: _changed_experts(_reduce_as_dense),
+    "keys' gradient not summed": _keys_gradient_not_summed,
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 
