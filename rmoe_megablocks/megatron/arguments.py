@@ -169,6 +169,7 @@ def layout_size(args: argparse.Namespace) -> int:
 
 def check_router_arguments(args: argparse.Namespace) -> None:
     """Refuses router options that mean nothing here and features that would drop the state or its gradient."""
+    _check_context_parallel(args)
     backend.check_backend(args)
     options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
     recurrent = get_router_type(args.moe_router_type).recurrent
@@ -188,6 +189,24 @@ def check_router_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--num-layers {args.num_layers} leaves stages of the {stages} (pipeline x virtual) without a layer; "
             "a routing state needs at least one layer a stage: lower --pipeline-model-parallel-size"
+        )
+
+
+def _check_context_parallel(args: argparse.Namespace) -> None:
+    """Refuses what Megatron stops at an assertion, or would ignore: Transformer Engine takes no mask but causal."""
+    option = f"--context-parallel-size {args.context_parallel_size}"
+    if args.context_parallel_size == 1:
+        return
+    if args.transformer_impl == "local" and not megatron_cpu.active():
+        raise UsageError(
+            f"{option} needs Transformer Engine's attention: install it, or leave out --transformer-impl local"
+            if _installed("transformer_engine")
+            else f"{option} needs Transformer Engine's attention on a GPU: install transformer-engine[pytorch]"
+        )
+    if args.reset_attention_mask:
+        raise UsageError(
+            f"--reset-attention-mask does not work with {option}: attention is causal over the whole sequence there; "
+            "leave one of them out"
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from unittest import mock
 
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import random
 
 from rmoe_megablocks.megatron import install, layer, stage_boundary
@@ -80,6 +81,17 @@ def _reduce_as_dense(experts) -> None:
         parameter.allreduce = True
 
 
+def _keys_gradient_not_summed():
+    from rmoe_megablocks.compat.megatron_cpu.context_parallel import ContextParallelAttention  # CPU mode alone
+
+    def gather(self, tensor):
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            tensor, tensor_parallel_output_grad=False, group=self.pg_collection.cp
+        )
+
+    return mock.patch.object(ContextParallelAttention, "_gather", gather)
+
+
 _BREAKAGES = {
     None: contextlib.nullcontext,
     "detached state": _detached_state,
@@ -90,6 +102,7 @@ _BREAKAGES = {
     "random state not restored": lambda: mock.patch.object(random, "_set_all_rng_states", lambda *states: None),
     "experts' gradients divided twice": lambda: _changed_experts(_scale_gradients),
     "experts reduced as dense weights": lambda: _changed_experts(_reduce_as_dense),
+    "keys' gradient not summed": _keys_gradient_not_summed,
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 

@@ -246,6 +246,8 @@ def _layout_cases():
             if not layout.shape:
                 continue
             collect = ("weights",) if mode == "fp32" else ()
+            if layout.name == "CP2" and mode == "fp32":
+                collect = (*collect, "attention", "health", "evaluation")
             if layout.name in GRADIENTS and mode.startswith("fp32"):
                 collect = (*collect, "gradients")
             reference = mode.removesuffix(", full recompute")
@@ -282,7 +284,7 @@ def references(cases: list[Case]) -> list[Case]:
     for case in cases:
         shape, _, options = case.reference.partition(" @ ")
         argv = MODES[options] if options in MODES else options.split()
-        collect = ("gradients",) if case.reference == "base @ fp32" else ()
+        collect = ("gradients", "health", "evaluation") if case.reference == "base @ fp32" else ()
         found[case.reference] = Case(case.reference, 1, shape, tuple(argv), collect=collect)
     return list(found.values())
 
@@ -335,6 +337,7 @@ FAULTS = {
     "no gradient sync over stages": ("PP2", []),
     "counted on every stage": ("PP2", []),
     "no gradient sync over tensor ranks": ("TP2 SP", []),
+    "keys' gradient not summed": ("CP2", []),
     "state recomputed without its gradient": ("PP2", FULL_RECOMPUTE),
 }
 
@@ -348,7 +351,7 @@ def faulty() -> list[Case]:
             "base",
             (*LAYOUTS[layout].argv, *argv),
             "base @ fp32",
-            ("weights", "gradients"),
+            ("weights", "gradients", *(("attention",) if layout == "CP2" else ())),
             fault,
         )
         for fault, (layout, argv) in FAULTS.items()

@@ -18,7 +18,7 @@ def routing_gradients(results: list[dict]):
 
 
 def largest_error(lab, name: str) -> tuple[float, set[str]]:
-    """Of all elements, relative to the largest element of their parameter's gradient; and which parameters there are."""
+    """Of all elements, relative to the largest of their parameter's gradient; and the names of the parameters."""
     (one,) = lab.results["base @ fp32"]
     worst, names = 0.0, set()
     for _, parameter, gradient in routing_gradients(lab.results[name]):

@@ -14,18 +14,21 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
 from megatron.core import mpu
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.utils import unwrap_model
-from megatron.training import training
+from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.megatron import evaluation
+from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.resolve import resolve
-from tests.distributed import breakages, traffic
+from tests.distributed import attention, breakages, traffic
 
 
 def global_parameters(chunks):
@@ -53,6 +56,13 @@ class Recorder:
 
     def on_model(self, chunks):
         self.chunks = chunks
+        config = get_model_config(chunks[0])
+        if "attention" in self.collect:
+            self.result["attention"] = attention.deviations(config)
+        if "health" in self.collect:
+            self.health = RoutingHealth(config.num_layers, 0, config.num_moe_experts)
+            self.health.watch(chunks)
+            self.health.measuring = True
         if "states" in self.collect:
             for chunk in unwrap_model(chunks):
                 for layer in chunk.decoder.layers:
@@ -75,6 +85,11 @@ class Recorder:
             self.result["gradients"] = {n: p.main_grad.detach().clone() for n, p in global_parameters(self.chunks)}
 
     def finish(self):
+        if "health" in self.collect:
+            self.result["health"] = self.health.report()
+        if "evaluation" in self.collect:  # of a text that leaves part of the last window and of the last batch empty
+            text = np.random.default_rng(1).integers(0, 256, 10 * get_args().seq_length + 7)
+            self.result["evaluation"] = evaluation._mean_loss(self.chunks, text)
         if "weights" in self.collect:
             self.result["weights"] = {n: p.detach().clone() for n, p in global_parameters(self.chunks)}
         return self.result

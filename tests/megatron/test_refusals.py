@@ -7,7 +7,7 @@ import pytest
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import preflight
+from rmoe_megablocks.megatron import arguments, preflight
 from tests.distributed.cases import BASE
 
 PP2 = "--pipeline-model-parallel-size 2"
@@ -18,9 +18,10 @@ REFUSED = {
     "--moe-router-rnn-hidden-size many": "argument --moe-router-rnn-hidden-size: invalid",
     "--num-layers 1 " + PP2: "--num-layers 1 leaves stages of the 2",
     "--num-layers 5 " + PP2: "Number of layers should be divisible by the pipeline-model-parallel size",
-    "--mtp-num-layers 1": "--moe-router-type gru does not work with --mtp-num-layers",
     "--cuda-graph-impl local": "--moe-router-type gru does not work with --cuda-graph-impl",
     "--use-torch-fsdp2": "--moe-router-type gru does not work with --use-torch-fsdp2",
+    "--reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work with --context-parallel",
+    "--moe-router-type linear --reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work",
     "--transformer-impl transformer_engine": "Transformer Engine is not installed",
     "--lr-warmup-iters 20": "--lr-warmup-iters 20 must be below",
     "--tokenizer-type NullTokenizer --dataset nowhere": "nowhere",
@@ -49,6 +50,17 @@ def test_refused(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     mock = [] if "data" in words else ["--mock-data"]
     assert REFUSED[words] in refusal(tmp_path, *mock, *words.split())
+
+
+@pytest.mark.parametrize("router", ["linear", "gru"])
+def test_context_parallelism_needs_transformer_engine_on_a_gpu(tmp_path, monkeypatch, router):
+    words = ["--mock-data", "--moe-router-type", router, "--context-parallel-size", "2"]
+    assert check(tmp_path, *words).nproc_per_node == 2
+    monkeypatch.setattr(arguments.megatron_cpu, "active", lambda: False)
+    said = (
+        "--context-parallel-size 2 needs Transformer Engine's attention on a GPU: install transformer-engine[pytorch]"
+    )
+    assert refusal(tmp_path, *words, nproc_per_node=2).startswith(said)
 
 
 def without(option: str, values: int = 1) -> list[str]:

@@ -19,6 +19,7 @@ The touches, by module:
 - ``random``: the CPU generator in the place of the CUDA one.
 - ``distributed``: gloo in the place of NCCL.
 - ``megatron_patches``: the few places of Megatron itself.
+- ``context_parallel``: attention over a sequence that is split over ranks.
 - ``fused_adam``: an optimizer with the interface of Apex's FusedAdam.
 """
 

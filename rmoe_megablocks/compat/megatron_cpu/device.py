@@ -301,11 +301,17 @@ def _disable_compile() -> None:
     torch.compile = _compile
 
 
+def _set_environment() -> None:
+    # Megatron insists on it with tensor or context parallelism (arguments.py:1437); it orders kernels of a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 _STREAM = Stream()
 
 
 def install() -> None:
     """Apply everything above."""
+    _set_environment()
     _disable_compile()
     _install_factories()
     _install_tensor_methods()

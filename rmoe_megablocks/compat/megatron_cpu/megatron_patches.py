@@ -116,6 +116,17 @@ def _patch_checkpoint_writer() -> None:
         filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
 
 
+def _patch_attention() -> None:
+    # Upstream's own attention refuses context parallelism (dot_product_attention.py:57).
+    from rmoe_megablocks.compat.megatron_cpu import context_parallel
+
+    _replace(
+        context_parallel.DotProductAttention.__module__,
+        "DotProductAttention",
+        context_parallel.ContextParallelAttention,
+    )
+
+
 def _ignore_warnings() -> None:
     # Both are expected here, and each process repeats them: no fused kernels (the optimizer is not even torch's, as the
     # first one says), and no memory to pin.
@@ -131,3 +142,4 @@ def install() -> None:
     _patch_maybe_move_tensor_to_cpu()
     _patch_compile_helpers()
     _patch_checkpoint_writer()
+    _patch_attention()
