@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed import cases
+from tests.distributed import further_cases
 from tests.distributed.lab import Lab
 
 
@@ -10,5 +10,5 @@ from tests.distributed.lab import Lab
 def lab(tmp_path_factory) -> Lab:
     """All cases of the tables, run."""
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.run(cases.everything())
+    lab.run(further_cases.everything())
     return lab

@@ -108,8 +108,11 @@ class Lab:
             self.results[case.name] = [torch.load(file, weights_only=False) for file in files]
 
     def _described(self, case: Case) -> dict:
-        argv = [*model(case.shape), *case.argv, "--runs-dir", str(self.folder / "runs")]
+        argv = [word.replace("{folder}", str(self.folder)) for word in (*model(case.shape), *case.argv)]
+        argv += ["--runs-dir", str(self.folder / "runs")]
         argv += ["--run-name", file_name(case.name)]
+        if "--save" not in argv and "--no-checkpoints" not in argv:
+            argv.append("--no-checkpoints")
         if case.from_start:
             start = str(self.folder / (START + case.shape))
             argv += ["--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]

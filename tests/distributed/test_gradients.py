@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.distributed import cases
+from tests.distributed import further_cases, grid
+from tests.distributed.arguments import SIZES
 
 # every layer's projector and router, and the four of the GRU
 ROUTING = ("rnn_router.", "routing_layer.projector", "routing_layer.router")
@@ -30,15 +31,15 @@ def largest_error(lab, name: str) -> tuple[float, set[str]]:
     return worst, names
 
 
-@pytest.mark.parametrize("layout", cases.GRADIENTS)
+@pytest.mark.parametrize("layout", grid.GRADIENTS)
 @pytest.mark.parametrize("mode", ["fp32", "fp32, full recompute"])
 def test_routing_gradients_are_one_processs(lab, layout, mode):
     worst, names = largest_error(lab, f"{layout} @ {mode}")
-    assert len(names) == 4 + 2 * cases.SIZES["--num-layers"]
+    assert len(names) == 4 + 2 * SIZES["--num-layers"]
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("fault", cases.FAULTS)
+@pytest.mark.parametrize("fault", further_cases.FAULTS)
 def test_a_fault_is_noticed(lab, fault):
     worst, _ = largest_error(lab, f"fault: {fault}")
     assert worst > 1e-3

@@ -5,6 +5,7 @@ gradient norms by iteration and whatever ``collect`` asks for.
 """
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -21,7 +22,7 @@ from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: C
 from megatron.core import mpu
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training import get_args, training
+from megatron.training import argument_utils, get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.megatron import evaluation
@@ -107,7 +108,20 @@ def run_case(case: dict) -> dict:
         return recorder.finish() | {"pipeline_rank": mpu.get_pipeline_model_parallel_rank(), "traffic": counts}
 
 
+def _parse_docstrings_once() -> None:
+    """Megatron parses the source of its configuration classes for help texts, half a second at each start."""
+    factory = argument_utils.ArgumentGroupFactory
+    parse = factory._get_field_docstrings
+
+    @functools.cache
+    def parsed(source: type) -> dict[str, str]:
+        return parse(object.__new__(factory), source)
+
+    factory._get_field_docstrings = lambda self, source: dict(parsed(source))
+
+
 def main(cases_file: str, out: str) -> None:
+    _parse_docstrings_once()
     rank = int(os.environ["RANK"])
     only = os.environ.get("CASES")
     for case in json.loads(Path(cases_file).read_text()):

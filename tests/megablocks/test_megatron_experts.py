@@ -17,7 +17,7 @@ from rmoe_megablocks.megatron.layer import RecurrentMoELayer
 from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts
 from rmoe_megablocks.megatron.megablocks_layer import MegaBlocksMoELayer, RecurrentMegaBlocksMoELayer
 from rmoe_megablocks.megatron.megablocks_weights import from_megatron, to_megatron
-from tests.distributed.cases import BASE
+from tests.distributed.arguments import BASE
 from tests.megatron.conftest import one_process  # noqa: F401
 
 S, B, H = 32, 2, 48

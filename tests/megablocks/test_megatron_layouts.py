@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmoe_megablocks.megatron.megablocks_weights import to_megatron
-from tests.distributed.cases import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
+from tests.distributed.arguments import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
 from tests.distributed.lab import torchrun
 
 ITERATIONS = 10

@@ -6,7 +6,7 @@ import pytest
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, backend, checkpoints, preflight
-from tests.distributed.cases import BASE
+from tests.distributed.arguments import BASE
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 NOT_WITH = "--moe-backend megablocks does not work with "

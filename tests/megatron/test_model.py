@@ -11,7 +11,7 @@ from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.routing import reference
-from tests.distributed.cases import BASE
+from tests.distributed.arguments import BASE
 
 S, B, VOCABULARY = 32, 2, 256
 

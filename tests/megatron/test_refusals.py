@@ -8,7 +8,7 @@ import pytest
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, preflight
-from tests.distributed.cases import BASE
+from tests.distributed.arguments import BASE
 
 PP2 = "--pipeline-model-parallel-size 2"
 REFUSED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import inspect
 import sys
 import warnings
 from typing import Any
@@ -113,7 +114,22 @@ def _patch_checkpoint_writer() -> None:
     if sys.platform == "linux":
         # The queue to the writer lives in a process of its own. It is spawned for the sake of CUDA, which does not
         # survive a fork, and then imports the whole program again: seconds per process (filesystem_async.py:53).
-        filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
+        # The default is that of the function behind its decorator.
+        inspect.unwrap(filesystem_async.get_write_results_queue).__defaults__ = ("fork",)
+
+
+def _patch_norm_recompute() -> None:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    # Asked for without fp8 it takes itself to be in fp8 and calls Transformer Engine (random.py:739, 693), so
+    # --recompute-modules layernorm ends in a NameError.
+    original = CheckpointWithoutOutput.__init__
+
+    @functools.wraps(original)
+    def __init__(self, fp8=None):
+        original(self, fp8=fp8)
+
+    CheckpointWithoutOutput.__init__ = __init__
 
 
 def _patch_attention() -> None:
@@ -142,4 +158,5 @@ def install() -> None:
     _patch_maybe_move_tensor_to_cpu()
     _patch_compile_helpers()
     _patch_checkpoint_writer()
+    _patch_norm_recompute()
     _patch_attention()

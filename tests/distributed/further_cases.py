@@ -1,0 +1,160 @@
+"""Cases beside the two tables: random numbers, planted faults, what is looked into, and ways to another layout."""
+
+from tests.distributed.arguments import BF16, FULL_RECOMPUTE, INTERLEAVED, LINEAR, MOE_RECOMPUTE, PP2, selective
+from tests.distributed.cases import Case, compared, references
+from tests.distributed.grid import LAYOUTS, Layout
+
+# Dropout and noise draw other numbers in another layout: recompute is held against none in the same one, bit by bit.
+_DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1".split()
+_NOISE = {
+    "dropout": _DROPOUT,
+    "input jitter": "--moe-input-jitter-eps 0.1".split(),
+    "force load balancing": ["--moe-router-force-load-balancing"],
+    "force biased": ["--moe-router-force-biased", "1.0"],
+}
+_ALL_SELECTIVE = selective("layernorm", "moe", "core_attn")
+_RECOMPUTED_NOISE = (
+    ("dropout", "", FULL_RECOMPUTE),
+    ("dropout", "", "--recompute-granularity full --recompute-method block --recompute-num-layers 3".split()),
+    ("dropout", "", _ALL_SELECTIVE),
+    ("dropout", "TP2 SP", FULL_RECOMPUTE),
+    ("dropout", "TP2 SP", _ALL_SELECTIVE),
+    ("dropout", "PP2 VPP2", FULL_RECOMPUTE),
+    ("input jitter", "", FULL_RECOMPUTE),
+    ("input jitter", "", MOE_RECOMPUTE),
+    ("force load balancing", "", FULL_RECOMPUTE),
+    ("force load balancing", "", MOE_RECOMPUTE),
+    ("force biased", "", FULL_RECOMPUTE),
+)
+
+
+def recomputed_noise() -> list[Case]:
+    """Runs with recompute and random numbers; their reference has the same layout and no recompute."""
+    return [
+        _noisy(noise, layout, recompute, _noisy(noise, layout, []).name)
+        for noise, layout, recompute in _RECOMPUTED_NOISE
+    ]
+
+
+def noise_references() -> list[Case]:
+    """What :func:`recomputed_noise` is compared with."""
+    return [_noisy(noise, layout, []) for noise, layout in dict.fromkeys(row[:2] for row in _RECOMPUTED_NOISE)]
+
+
+def _noisy(noise: str, layout: str, recompute: list[str], reference: str = "") -> Case:
+    spread = _spread(layout)
+    name = f"{spread.name} @ {noise} {' '.join(recompute)}".strip()
+    argv = (*spread.argv, *_NOISE[noise], *recompute)
+    return Case(name, spread.processes, "base", argv, reference)
+
+
+FAULTS = {
+    # name: (layout, further arguments); see breakages.py
+    "detached state": ("PP2", []),
+    "no gradient sync over stages": ("PP2", []),
+    "counted on every stage": ("PP2", []),
+    "no gradient sync over tensor ranks": ("TP2 SP", []),
+    "keys' gradient not summed": ("CP2", []),
+    "state recomputed without its gradient": ("PP2", FULL_RECOMPUTE),
+}
+
+
+def faulty() -> list[Case]:
+    """Runs with a planted fault."""
+    return [
+        Case(
+            f"fault: {fault}",
+            LAYOUTS[layout].processes,
+            "base",
+            (*LAYOUTS[layout].argv, *argv),
+            "base @ fp32",
+            ("weights", "gradients", *(("attention",) if layout == "CP2" else ())),
+            fault,
+        )
+        for fault, (layout, argv) in FAULTS.items()
+    ] + [_noisy("dropout", "", FULL_RECOMPUTE, "1 process @ dropout").faulty("random state not restored")]
+
+
+_TWO = ("--train-iters", "2")
+_ONE_STEP_BF16 = (*BF16, "--train-iters", "1", "--clip-grad", "0")
+
+
+def looked_into() -> list[Case]:
+    """Runs that other things than losses are recorded of."""
+    traffic, states = ("traffic",), ("gradients", "states")
+    return [
+        Case("states bf16 1 process", 1, "base", _ONE_STEP_BF16, collect=states),
+        Case("states bf16 PP2", 2, "base", (*PP2, *_ONE_STEP_BF16), collect=states),
+        Case("traffic PP2", 2, "base", (*PP2, *_TWO), collect=traffic),
+        Case("traffic PP2 bf16", 2, "base", (*PP2, *_TWO, *BF16), collect=traffic),
+        Case("traffic PP2 linear", 2, "base", (*PP2, *_TWO, *LINEAR), collect=traffic, from_start=False),
+        Case("traffic PP2 VPP2", 2, "base", (*INTERLEAVED, *_TWO), collect=traffic),
+        Case("traffic PP2 VPP2 linear", 2, "base", (*INTERLEAVED, *_TWO, *LINEAR), collect=traffic, from_start=False),
+    ]
+
+
+HALF = 5
+_RESHARDABLE = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+_ASYNC = ("--async-save",)
+
+# From one layout to another: (saved in, its further arguments), (resumed in, its further arguments)
+ROUTES: tuple[tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]]], ...] = (
+    (("1 process", ()), ("PP2 VPP2", ())),
+    (("1 process", ()), ("TP2 SP", ())),
+    (("PP2", _ASYNC), ("PP4", ())),
+    (("PP2", ("--no-ckpt-fully-parallel-save",)), ("PP2, 1 and 3 layers", ())),
+    (("PP2 VPP2", ()), ("TP2 SP", ())),
+    (("TP2 SP", ()), ("PP2", ())),
+    (("TP2 SP", ()), ("TP2 SP CP2", ())),
+    (("CP2", ()), ("DP2", ())),
+    (("PP4", ()), ("1 process", ())),
+    (("DP2", ("--use-distributed-optimizer",)), ("1 process", ("--use-distributed-optimizer",))),
+    (("DP2", (*_RESHARDABLE, *_ASYNC)), ("PP2 VPP2", _RESHARDABLE)),
+    (("TP2 SP", _RESHARDABLE), ("PP2 CP2", _RESHARDABLE)),
+    (("EP2 alltoall", _RESHARDABLE), ("PP2 EP2", _RESHARDABLE)),
+    (("EP2 alltoall", ()), ("TP2 SP EP2", ())),
+)
+
+
+def _spread(layout: str) -> Layout:
+    return LAYOUTS.get(layout, Layout("1 process", 1, []))
+
+
+def route_name(start: tuple[str, tuple[str, ...]], end: tuple[str, tuple[str, ...]]) -> str:
+    """A route's name, also that of its second half."""
+    return " -> ".join(" ".join((layout, *argv)) for layout, argv in (start, end))
+
+
+def _half(layout: str, argv: tuple[str, ...]) -> Case:
+    spread, folder = _spread(layout), " ".join(("half", layout, *argv))
+    saving = ("--save", f"{{folder}}/{folder}", "--save-interval", str(HALF), "--exit-interval", str(HALF))
+    return Case(folder, spread.processes, "base", (*spread.argv, *argv, *saving))
+
+
+def first_halves() -> list[Case]:
+    """Runs that stop half way and save."""
+    return [_half(*start) for start in dict.fromkeys(start for start, _ in ROUTES)]
+
+
+def second_halves() -> list[Case]:
+    """Runs that go on from there in another layout."""
+    result = []
+    for start, (layout, argv) in ROUTES:
+        spread, name = _spread(layout), route_name(start, (layout, argv))
+        argv = (*spread.argv, *argv, "--load", f"{{folder}}/{_half(*start).name}", "--no-checkpoints")
+        result.append(Case(name, spread.processes, "base", argv, "base @ fp32", from_start=False))
+    return result
+
+
+def everything() -> list[Case]:
+    """All cases, those first whose checkpoints others load."""
+    cases = compared()
+    return [
+        *references(cases),
+        *cases,
+        *noise_references(),
+        *recomputed_noise(),
+        *faulty(),
+        *looked_into(),
+        *first_halves(),
+    ]

@@ -1,0 +1,197 @@
+"""Models, layouts and options that are compared with one process, and which with which: see docs/layouts.md."""
+
+import dataclasses
+
+from tests.distributed.arguments import (
+    BF16_ALL_EXPERTS,
+    CP2,
+    DISTRIBUTED_OPTIMIZER,
+    EP2,
+    EP4,
+    FULL_RECOMPUTE,
+    INTERLEAVED,
+    MOE_RECOMPUTE,
+    PP2,
+    PP4,
+    TP2,
+    TP2_ETP2,
+    selective,
+)
+
+SHAPES: dict[str, list[str]] = {
+    "base": [],
+    "three layers": "--num-layers 3".split(),
+    "eight layers, four micro-batches": "--num-layers 8 --global-batch-size 8".split(),
+    "dense layers": "--moe-layer-freq [0,0,1,1]".split(),
+    "shared experts": "--moe-shared-expert-intermediate-size 32".split(),
+    "multi-token prediction": "--mtp-num-layers 2".split(),
+    "tied embeddings, grouped queries": "--group-query-attention --num-query-groups 2".split(),
+    "expert bias": "--moe-router-score-function sigmoid --moe-router-enable-expert-bias".split(),
+    "quantile balancing": "--moe-router-load-balancing-type quantile_balancing --moe-aux-loss-coeff 0".split(),
+}
+_LARGE = "eight layers, four micro-batches"  # for layouts that need more of either
+LEFT_OUT = {"tied embeddings, grouped queries": ("--untie-embeddings-and-output-weights",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model is spread over processes."""
+
+    name: str
+    processes: int
+    argv: list[str]
+    shape: str = "base"  # of the first table's runs
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("TP2 SP", 2, TP2),
+        Layout("TP2 SP ETP2", 2, TP2_ETP2),
+        Layout("EP2 alltoall", 2, EP2),
+        Layout("EP2 allgather", 2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
+        Layout("TP2 SP EP2", 2, [*TP2, *EP2]),
+        Layout("CP2", 2, CP2),
+        Layout("CP2 EP2", 2, [*CP2, *EP2]),
+        Layout("DP2", 2, []),
+        Layout("DP2 distributed optimizer", 2, ["--use-distributed-optimizer"]),
+        Layout("DP2 distributed optimizer, overlaps", 2, DISTRIBUTED_OPTIMIZER),
+        Layout("PP2", 2, PP2),
+        Layout("PP2 VPP2", 2, INTERLEAVED),
+        Layout("PP2, 1 and 3 layers", 2, [*PP2, "--decoder-first-pipeline-num-layers", "1"]),
+        Layout("PP2, layout Ettt|tL", 2, [*PP2, "--pipeline-model-parallel-layout", "Ettt|tL"]),
+        Layout(
+            "PP2, embedding counted as a layer",
+            2,
+            [*PP2, "--account-for-embedding-in-pipeline-split"],
+            shape="three layers",
+        ),
+        Layout("PP4", 4, PP4),
+        Layout("PP4, layout E|tt|tt|L", 4, [*PP4, "--pipeline-model-parallel-layout", "E|tt|tt|L"]),
+        Layout("PP4 VPP2", 4, [*PP4, "--num-virtual-stages-per-pipeline-rank", "2"], _LARGE),
+        Layout("PP2 EP2", 4, [*PP2, *EP2]),
+        Layout("PP2 VPP2 EP2", 4, [*INTERLEAVED, *EP2]),
+        Layout("PP2 TP2 SP", 4, [*PP2, *TP2]),
+        Layout("PP2 CP2", 4, [*PP2, *CP2]),
+        Layout("TP2 SP CP2", 4, [*TP2, *CP2]),
+        Layout("TP2 SP EP2 ETP2", 4, [*TP2_ETP2, *EP2]),
+        Layout("PP2 VPP2 DP2 distributed optimizer, overlaps", 4, [*INTERLEAVED, *DISTRIBUTED_OPTIMIZER], _LARGE),
+        Layout("EP2 DP4 distributed optimizer, overlaps", 4, [*EP2, *DISTRIBUTED_OPTIMIZER], _LARGE),
+        Layout("PP2 VPP2 TP2 SP EP4", 8, [*INTERLEAVED, *TP2, *EP4], _LARGE),
+        Layout("PP2 TP2 SP CP2 EP2", 8, [*PP2, *TP2, *CP2, *EP2]),
+    )
+}
+
+# The columns of the first table, and the layouts that are run with each.
+MODES = {"fp32": [], "fp32, full recompute": FULL_RECOMPUTE, "bf16, fp32 routing": BF16_ALL_EXPERTS}
+TOLERANCE = {"fp32": 5e-6, "fp32, full recompute": 5e-6, "bf16, fp32 routing": 1e-2}
+_RECOMPUTED = (
+    "TP2 SP",
+    "EP2 alltoall",
+    "CP2",
+    "PP2",
+    "PP2 VPP2",
+    "PP4, layout E|tt|tt|L",
+    "PP4 VPP2",
+    "PP2 VPP2 EP2",
+    "TP2 SP EP2 ETP2",
+    "PP2 VPP2 DP2 distributed optimizer, overlaps",
+)
+_IN_BF16 = (
+    "TP2 SP",
+    "EP2 alltoall",
+    "CP2",
+    "PP2 VPP2",
+    "DP2 distributed optimizer, overlaps",
+    "TP2 SP EP2",
+    "PP2 EP2",
+    "PP2 TP2 SP",
+    "PP2 VPP2 DP2 distributed optimizer, overlaps",
+)
+
+
+# Whose routing gradients are compared element by element
+GRADIENTS = ("TP2 SP", "CP2", "EP2 alltoall", "PP2 VPP2 EP2")
+
+
+def modes_of(layout: str) -> list[str]:
+    """The modes that ``layout`` is run with."""
+    columns = {"fp32": LAYOUTS, "fp32, full recompute": _RECOMPUTED, "bf16, fp32 routing": _IN_BF16}
+    return [mode for mode, layouts in columns.items() if layout in layouts]
+
+
+# The second table: models and options, each in the layouts that could break it.
+OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+    # name: (shape, arguments, layouts)
+    "dense layers below": ("dense layers", DISTRIBUTED_OPTIMIZER, ("PP2", "PP2 EP2")),
+    "dense layers below, full recompute": ("dense layers", FULL_RECOMPUTE, ("PP2",)),
+    "dense layers below, interleaved": ("dense layers", [], ("PP2 VPP2",)),
+    "dense layers, recompute mlp": ("dense layers", selective("mlp"), ("PP2",)),
+    "shared experts": ("shared experts", [], ("PP2 TP2 SP",)),
+    "shared experts, overlapped": ("shared experts", ["--moe-shared-expert-overlap"], ("EP2 alltoall",)),
+    "shared experts, recompute shared_experts": ("shared experts", selective("shared_experts"), ("EP2 alltoall",)),
+    "multi-token prediction": ("multi-token prediction", [], ("PP2", "TP2 SP EP2")),
+    "multi-token prediction, full recompute": ("multi-token prediction", FULL_RECOMPUTE, ("PP2",)),
+    "multi-token prediction behind the last layer's stage": (
+        "multi-token prediction",
+        ["--pipeline-model-parallel-layout", "Ett|tt|m*2L"],
+        ("PP3",),
+    ),
+    "tied embeddings, grouped queries": ("tied embeddings, grouped queries", [], ("PP2", "TP2 SP CP2")),
+    "--calculate-per-token-loss": ("base", ["--calculate-per-token-loss"], ("PP2 EP2",)),
+    "document masks (--reset-attention-mask)": (
+        "base",
+        ["--reset-attention-mask", "--reset-position-ids"],
+        ("PP2",),
+    ),
+    "full recompute, block": (
+        "base",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 1".split(),
+        ("PP2 TP2 SP",),
+    ),
+    "full recompute, uniform over 2 layers": ("base", [*FULL_RECOMPUTE[:-1], "2"], ("PP2",)),
+    "recompute moe": ("base", MOE_RECOMPUTE, ("PP2 EP2", "TP2 SP")),
+    "recompute core_attn": ("base", selective("core_attn"), ("CP2",)),
+    "recompute layernorm": ("base", selective("layernorm"), ("TP2 SP EP2",)),
+    "recompute layernorm, moe and core_attn": ("base", selective("layernorm", "moe", "core_attn"), ("PP2",)),
+    "score function sigmoid": ("base", ["--moe-router-score-function", "sigmoid"], ("PP2",)),
+    "score function sqrtsoftplus": ("base", ["--moe-router-score-function", "sqrtsoftplus"], ("PP2",)),
+    "--moe-router-pre-softmax": (
+        "base",
+        ["--moe-router-pre-softmax", "--moe-router-topk-scaling-factor", "2.0"],
+        ("PP2 EP2",),
+    ),
+    "expert bias": ("expert bias", [], ("PP2 EP2",)),
+    "group-limited top-k": (
+        "base",
+        "--moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-pre-softmax".split(),
+        ("PP2 EP2",),
+    ),
+    "seq_aux_loss": ("base", ["--moe-router-load-balancing-type", "seq_aux_loss"], ("PP2 EP2",)),
+    "global_aux_loss": ("base", ["--moe-router-load-balancing-type", "global_aux_loss"], ("PP2", "TP2 SP")),
+    "two losses at once": (
+        "base",
+        "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1.0 0.5".split(),
+        ("PP2 EP2",),
+    ),
+    "sinkhorn": (
+        "base",
+        "--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0".split(),
+        ("PP2",),
+    ),
+    "quantile balancing": ("quantile balancing", [], ("PP2",)),
+    "capacity factor, dropping by probs": (
+        "base",
+        "--moe-expert-capacity-factor 1.0 --moe-token-drop-policy probs".split(),
+        ("PP2",),
+    ),
+    "capacity factor, padded, dropping by position": (
+        "base",
+        "--moe-expert-capacity-factor 1.0 --moe-token-drop-policy position --moe-pad-expert-input-to-capacity".split(),
+        ("PP2",),
+    ),
+    "--moe-router-dtype fp64": ("base", ["--moe-router-dtype", "fp64"], ("PP2",)),
+    "--moe-router-rnn-bias": ("biases", [], ("TP2 SP",)),
+}
+SHAPES["biases"] = ["--moe-router-rnn-bias"]
+LAYOUTS["PP3"] = Layout("PP3", 3, "--pipeline-model-parallel-size 3".split(), shape="")
