@@ -178,6 +178,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
             option = "--moe-router-type " + args.moe_router_type if recurrent else options[0]
             raise UsageError(f"{option}: the model has no experts to route to; set --num-experts")
         return
+    _check_installed(args)
     if not recurrent:
         return
     for refused, option, instead in _refusals(args):
@@ -208,6 +209,56 @@ def _check_context_parallel(args: argparse.Namespace) -> None:
             f"--reset-attention-mask does not work with {option}: attention is causal over the whole sequence there; "
             "leave one of them out"
         )
+
+
+def _check_installed(args: argparse.Namespace) -> None:
+    """Refuses what Megatron would stop at while it builds the model, or in the first forward pass."""
+    engine = _installed("transformer_engine") and args.transformer_impl != "local"
+    leave_out, recompute = "leave it out", "use --recompute-granularity"
+    modules = args.recompute_modules or []
+    balancing = args.moe_router_load_balancing_type
+    coefficient = args.moe_aux_loss_coeff
+    for refused, option, instead in (
+        (
+            args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+            "--tensor-model-parallel-size above 1 with experts",
+            "add --sequence-parallel",
+        ),
+        (
+            args.moe_token_dispatcher_type == "flex" and (megatron_cpu.active() or not _installed("deep_ep")),
+            "--moe-token-dispatcher-type flex without DeepEP and a GPU",
+            "use alltoall",
+        ),
+        (args.moe_router_fusion and not engine, "--moe-router-fusion without Transformer Engine", leave_out),
+        (
+            args.cpu_offloading_num_layers and not engine,
+            "--cpu-offloading-num-layers without Transformer Engine",
+            recompute,
+        ),
+        (
+            args.moe_latent_size is not None and not engine,
+            "--moe-latent-size without Transformer Engine",
+            "leave it out",
+        ),
+        (
+            "layernorm" in modules and not (_installed("transformer_engine") or megatron_cpu.active()),
+            "--recompute-modules layernorm without Transformer Engine",
+            "use other modules",
+        ),
+        (
+            "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing)
+            and any(coefficient if isinstance(coefficient, list) else [coefficient]),
+            "--moe-router-load-balancing-type sinkhorn with an auxiliary loss",
+            "set --moe-aux-loss-coeff 0",
+        ),
+        (
+            args.multi_latent_attention and args.transformer_impl == "local",
+            "--multi-latent-attention without Transformer Engine",
+            "leave it out",
+        ),
+    ):
+        if refused:
+            raise UsageError(f"{option} does not work: {instead}")
 
 
 def _virtual_stages(args: argparse.Namespace) -> int:
@@ -241,6 +292,16 @@ def _refusals(args: argparse.Namespace):
         "put m on the stage of the loss (L)",
     )
     yield args.mtp_hybrid_override_pattern, "--mtp-hybrid-override-pattern", "only GPT layers carry the state"
+    yield (
+        args.moe_routing_trace_capture_logits,
+        "--moe-routing-trace-capture-logits",
+        "it computes them a second time, without the layer's state; trace without",
+    )
+    yield (
+        args.moe_routing_trace_dump_weights,
+        "--moe-routing-trace-dump-weights",
+        "there is no single router matrix to dump; take it from a checkpoint",
+    )
     yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers cannot take the state; use none"
     yield (
         args.overlap_moe_expert_parallel_comm,

@@ -61,7 +61,7 @@ class RecurrentTransformerLayer(TransformerLayer):
         return hidden_states, h_SBP
 
     def _maybe_unflatten_for_moe(self, hidden_states: Tensor, padding_mask: Tensor | None, packed_seq_params):
-        """Upstream gives packed micro-batches [B*S, 1, H] their batch dimension back for the MoE layer; so the state."""
+        """Upstream gives packed micro-batches [B*S, 1, H] their batch dimension back here, and we the state."""
         hidden_states, padding_mask, micro_batch_size = super()._maybe_unflatten_for_moe(
             hidden_states, padding_mask, packed_seq_params
         )

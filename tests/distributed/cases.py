@@ -91,6 +91,6 @@ def references(cases: list[Case]) -> list[Case]:
     for case in cases:
         shape, _, options = case.reference.partition(" @ ")
         argv = MODES[options] if options in MODES else options.split()
-        collect = ("gradients", "health", "evaluation") if case.reference == "base @ fp32" else ()
+        collect = ("gradients", "health", "evaluation") if case.reference.endswith(" @ fp32") else ()
         found[case.reference] = Case(case.reference, 1, shape, tuple(argv), collect=collect)
     return list(found.values())

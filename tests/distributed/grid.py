@@ -70,7 +70,7 @@ LAYOUTS = {
         Layout("PP4, layout E|tt|tt|L", 4, [*PP4, "--pipeline-model-parallel-layout", "E|tt|tt|L"]),
         Layout("PP4 VPP2", 4, [*PP4, "--num-virtual-stages-per-pipeline-rank", "2"], _LARGE),
         Layout("PP2 EP2", 4, [*PP2, *EP2]),
-        Layout("PP2 VPP2 EP2", 4, [*INTERLEAVED, *EP2]),
+        Layout("PP2 VPP2 EP2", 4, [*INTERLEAVED, *EP2], _LARGE),
         Layout("PP2 TP2 SP", 4, [*PP2, *TP2]),
         Layout("PP2 CP2", 4, [*PP2, *CP2]),
         Layout("TP2 SP CP2", 4, [*TP2, *CP2]),

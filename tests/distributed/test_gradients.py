@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.distributed import further_cases, grid
-from tests.distributed.arguments import SIZES
+from tests.distributed import cases, further_cases, grid
 
+COMPARED = {case.name: case for case in cases.compared()}
 # every layer's projector and router, and the four of the GRU
 ROUTING = ("rnn_router.", "routing_layer.projector", "routing_layer.router")
 
@@ -18,9 +18,9 @@ def routing_gradients(results: list[dict]):
                 yield rank, name, gradient
 
 
-def largest_error(lab, name: str) -> tuple[float, set[str]]:
+def largest_error(lab, name: str, reference: str) -> tuple[float, set[str]]:
     """Of all elements, relative to the largest of their parameter's gradient; and the names of the parameters."""
-    (one,) = lab.results["base @ fp32"]
+    (one,) = lab.results[reference]
     worst, names = 0.0, set()
     for _, parameter, gradient in routing_gradients(lab.results[name]):
         expected = one["gradients"][parameter]
@@ -34,12 +34,13 @@ def largest_error(lab, name: str) -> tuple[float, set[str]]:
 @pytest.mark.parametrize("layout", grid.GRADIENTS)
 @pytest.mark.parametrize("mode", ["fp32", "fp32, full recompute"])
 def test_routing_gradients_are_one_processs(lab, layout, mode):
-    worst, names = largest_error(lab, f"{layout} @ {mode}")
-    assert len(names) == 4 + 2 * SIZES["--num-layers"]
+    case = COMPARED[f"{layout} @ {mode}"]
+    worst, names = largest_error(lab, case.name, case.reference)
+    assert len(names) == 4 + 2 * (8 if "eight layers" in case.shape else 4)
     assert worst < 1e-5
 
 
 @pytest.mark.parametrize("fault", further_cases.FAULTS)
 def test_a_fault_is_noticed(lab, fault):
-    worst, _ = largest_error(lab, f"fault: {fault}")
+    worst, _ = largest_error(lab, f"fault: {fault}", "base @ fp32")
     assert worst > 1e-3

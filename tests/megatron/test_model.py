@@ -1,9 +1,14 @@
 """The router inside a Megatron model of one process: what reaches it, what it keeps, what leaves it."""
 
+import json
+import types
+
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.transformer.moe.router_trace import RouterTracer
 from megatron.training.argument_utils import gpt_config_from_args
 
 from rmoe_megablocks.megatron import arguments, stage_boundary
@@ -11,7 +16,7 @@ from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.routing import reference
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import BASE, FULL_RECOMPUTE, MOE_RECOMPUTE, selective
 
 S, B, VOCABULARY = 32, 2, 256
 
@@ -148,3 +153,97 @@ def test_a_stage_of_dense_layers_sends_a_zero_state():
 
     x_there, h_there = stage_boundary.unpack(stage_boundary.pack(torch.randn(3, 2, 12), None, Config), Config)
     assert h_there.shape == (3, 2, 4) and not h_there.any()
+
+
+def test_multi_token_prediction_routes_recurrently_from_no_state(one_process):
+    model = build("--mtp-num-layers", "2")
+    mtp = [router for router in routers(model) if router.is_mtp_layer]
+    assert len(mtp) == 2 and len(routers(model)) == 6
+    assert not any(type(module) is TopKRouter for module in model.modules())
+    states = []
+    for router in mtp:
+        assert router._cell == routers(model)[0]._cell
+        router.routing_layer.register_forward_hook(lambda module, args, output: states.append(args[1]))
+    forward(model, 1)
+    assert states == [None, None]
+
+
+def test_packed_micro_batches_give_the_state_the_shape_of_the_hidden_states(model):
+    """[B*S, 1, H], sample after sample, is routed as [S, B, H] (upstream's tokens_per_sample)."""
+    layer, packed = model.decoder.layers[0], types.SimpleNamespace(tokens_per_sample=S)
+    hidden = torch.randn(B * S, 1, 48)
+    state = hidden[..., :16].clone()  # recognisable: the first columns of its token
+    layer.mlp.router.put_state(state)
+    unpacked, _, micro_batch_size = layer._maybe_unflatten_for_moe(hidden, None, packed)
+    assert unpacked.shape == (S, B, 48)
+    there = layer.mlp.router.take_state()
+    assert torch.equal(there, unpacked[..., :16])
+    layer.mlp.router.put_state(there)
+    packed_again = layer._maybe_reflatten_from_moe(unpacked, packed, micro_batch_size)
+    assert torch.equal(packed_again, hidden) and torch.equal(layer.mlp.router.take_state(), state)
+
+
+def test_a_first_layer_of_packed_micro_batches_has_no_state_to_reshape(model):
+    layer, packed = model.decoder.layers[0], types.SimpleNamespace(tokens_per_sample=S)
+    layer.mlp.router.put_state(None)
+    layer._maybe_unflatten_for_moe(torch.randn(B * S, 1, 48), None, packed)
+    assert layer.mlp.router.take_state() is None
+
+
+def gradients(model, **kwargs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    tokens, positions, labels = batch(1)
+    model(tokens, positions, None, labels=labels, **kwargs).mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+PADDING = torch.arange(S).expand(B, S) >= S - 8  # True: left out of balancing
+
+
+@pytest.mark.parametrize("recompute", [FULL_RECOMPUTE, MOE_RECOMPUTE, selective("layernorm")])
+def test_a_padding_mask_reaches_the_router_through_recompute(one_process, recompute):
+    model, recomputing = build(), build(*recompute)
+    recomputing.load_state_dict(model.state_dict())
+    expected, unmasked = gradients(model, padding_mask=PADDING), gradients(model)
+    found = gradients(recomputing, padding_mask=PADDING)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    router = "decoder.layers.3.mlp.router.routing_layer.router"
+    assert (unmasked[router] - expected[router]).norm() > 1e-3 * expected[router].norm()
+
+
+def test_router_replay_repeats_another_pass_choices(one_process):
+    RouterReplay.clear_global_router_replay_instances()
+    model = build("--moe-enable-routing-replay")
+    chosen: list[torch.Tensor] = []
+    for router in routers(model):
+        router.register_forward_hook(lambda module, args, output: chosen.append(output[1].clone()))
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    forward(model, 1)
+    first, chosen[:] = list(chosen), []
+    RouterReplay.set_replay_data(RouterReplay.get_recorded_data())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    RouterReplay.clear_global_router_replay_action()
+    forward(model, 1)
+    free, chosen[:] = list(chosen), []
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    forward(model, 1)
+    RouterReplay.clear_global_router_replay_action()
+    RouterReplay.clear_global_router_replay_instances()
+    assert len(first) == 4 and not all(torch.equal(ours, theirs) for ours, theirs in zip(free, first, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen, first, strict=True))
+
+
+def test_router_trace_sees_every_layer_and_disturbs_none(model, tmp_path):
+    tokens, positions, labels = batch(1)
+    plain = model(tokens, positions, None, labels=labels)
+    tracer = RouterTracer(str(tmp_path), max_steps=5, rank=0, training_mode=True, capture_hidden_states=True)
+    tracer.register_hooks([model])
+    traced = model(tokens, positions, None, labels=labels)
+    tracer.remove_hooks()
+    tracer.flush()
+    records = [json.loads(line) for line in (tmp_path / "router_trace_rank0.jsonl").read_text().splitlines()]
+    assert torch.equal(traced, plain) and len(records) == 4
+    assert all(router._state == [] for router in routers(model))

@@ -9,6 +9,7 @@ from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, preflight
 from tests.distributed.arguments import BASE
+from tests.distributed.refused import REFUSED as REFUSED_FEATURES
 
 PP2 = "--pipeline-model-parallel-size 2"
 REFUSED = {
@@ -18,8 +19,6 @@ REFUSED = {
     "--moe-router-rnn-hidden-size many": "argument --moe-router-rnn-hidden-size: invalid",
     "--num-layers 1 " + PP2: "--num-layers 1 leaves stages of the 2",
     "--num-layers 5 " + PP2: "Number of layers should be divisible by the pipeline-model-parallel size",
-    "--cuda-graph-impl local": "--moe-router-type gru does not work with --cuda-graph-impl",
-    "--use-torch-fsdp2": "--moe-router-type gru does not work with --use-torch-fsdp2",
     "--reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work with --context-parallel",
     "--moe-router-type linear --reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work",
     "--transformer-impl transformer_engine": "Transformer Engine is not installed",
@@ -43,6 +42,12 @@ def refusal(runs, *argv: str, **kwargs) -> str:
     text = str(caught.value)
     assert "\n" not in text and len(text) < 400
     return text
+
+
+@pytest.mark.parametrize("words", REFUSED_FEATURES)
+def test_refused_features(tmp_path, words):
+    """Those of docs/layouts.md."""
+    assert REFUSED_FEATURES[words] in refusal(tmp_path, "--mock-data", *words.split())
 
 
 @pytest.mark.parametrize("words", REFUSED)

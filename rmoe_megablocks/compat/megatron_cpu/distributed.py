@@ -1,7 +1,7 @@
 """gloo in the place of NCCL.
 
-gloo of torch 2.11 has all the collectives that Megatron uses (reduce_scatter_tensor, averages, uneven all-to-all,
-coalescing, bf16), so only names and lifetimes need care.
+gloo of torch 2.11 has nearly all the collectives that Megatron uses (reduce_scatter_tensor, averages, uneven all-to-all,
+coalescing, bf16), so only names, lifetimes and uneven gathering need care.
 """
 
 from __future__ import annotations
@@ -95,8 +95,50 @@ def _wait_for_collectives() -> None:
     c10d._CoalescingManager.append = lambda self, work=None: work and work.wait()
 
 
+def _uneven_all_gather(function: Callable) -> Callable:
+    """Wrap all_gather for tensors of different lengths, which NCCL takes and gloo does not.
+
+    Experts that are split over tensor ranks gather as many tokens as each rank was sent (mappings.py:154).
+    """
+
+    @functools.wraps(function)
+    def wrapper(tensor_list, tensor, group=None, async_op=False):
+        lengths = [len(part) if part.dim() else 1 for part in tensor_list]
+        if len(set(lengths)) == 1:
+            return function(tensor_list, tensor, group, async_op)
+        padded = [tensor.new_empty(max(lengths), *tensor.shape[1:]) for _ in lengths]
+        function(padded, _padded(tensor, max(lengths)), group)
+        for part, result, length in zip(tensor_list, padded, lengths, strict=True):
+            part.copy_(result[:length])
+        return _Done() if async_op else None
+
+    return wrapper
+
+
+def _uneven_reduce_scatter(function: Callable) -> Callable:
+    """Wrap reduce_scatter likewise: it is the backward pass of the above (mappings.py:198)."""
+
+    @functools.wraps(function)
+    def wrapper(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        longest = max(len(part) for part in input_list)
+        result = output.new_empty(longest, *output.shape[1:])
+        c10d.reduce_scatter_tensor(result, torch.cat([_padded(part, longest) for part in input_list]), op, group)
+        output.copy_(result[: len(output)])
+        return _Done() if async_op else None
+
+    return wrapper
+
+
+def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat((tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])))
+
+
 def install() -> None:
     """Apply everything above."""
+    for name, uneven in (("all_gather", _uneven_all_gather), ("reduce_scatter", _uneven_reduce_scatter)):
+        wrapper = uneven(getattr(c10d, name))
+        setattr(c10d, name, wrapper)
+        setattr(dist, name, wrapper)
     _wait_for_collectives()
     # Both modules: torch looks its own functions up in distributed_c10d, everybody else in torch.distributed.
     # batch_isend_irecv compares functions by identity, so both have to hold the same ones.

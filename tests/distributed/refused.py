@@ -1,0 +1,36 @@
+"""What the recurrent router does not work with: arguments, and a part of the one line that refuses them."""
+
+_GRU = "--moe-router-type gru does not work with "
+
+REFUSED = {
+    "--cuda-graph-impl local": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
+    "--cuda-graph-impl full_iteration": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
+    "--overlap-moe-expert-parallel-comm": _GRU + "--overlap-moe-expert-parallel-comm: its schedule splits layers apart",
+    "--use-megatron-fsdp": _GRU + "--use-megatron-fsdp: use --use-distributed-optimizer",
+    "--use-torch-fsdp2": _GRU + "--use-torch-fsdp2: use --use-distributed-optimizer",
+    "--transformer-impl inference_optimized": _GRU + "--transformer-impl inference_optimized: use local",
+    "--mtp-num-layers 1 --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Ett|ttm|L": (
+        "multi-token prediction (m) before the last stage: put m on the stage of the loss (L)"
+    ),
+    "--moe-routing-trace-path trace --moe-routing-trace-capture-logits": (
+        "it computes them a second time, without the layer's state"
+    ),
+    "--moe-routing-trace-path trace --moe-routing-trace-dump-weights": "there is no single router matrix to dump",
+    "--tensor-model-parallel-size 2": "--tensor-model-parallel-size above 1 with experts does not work: "
+    "add --sequence-parallel",
+    "--moe-token-dispatcher-type flex": "flex without DeepEP and a GPU does not work: use alltoall",
+    "--moe-router-fusion": "--moe-router-fusion without Transformer Engine does not work",
+    "--moe-latent-size 32": "--moe-latent-size without Transformer Engine does not work",
+    "--multi-latent-attention": "--multi-latent-attention without Transformer Engine does not work",
+    "--cpu-offloading-num-layers 1": "--cpu-offloading-num-layers without Transformer Engine does not work",
+    "--fine-grained-activation-offloading --offload-modules core_attn": (
+        "Fine-grained activation offloading is only supported with transformer_engine implementation"
+    ),
+    "--recompute-granularity selective --recompute-modules moe_act": (
+        "moe_act in recompute_modules is only supported with moe_grouped_gemm"
+    ),
+    "--moe-permute-fusion": "fused permutation is not available. Please install TE",
+    "--moe-router-load-balancing-type sinkhorn": "sinkhorn with an auxiliary loss does not work: set",
+    "--context-parallel-size 2 --reset-attention-mask": "--reset-attention-mask does not work with --context-parallel",
+    "--fp8-format hybrid": "supports MoE FP8 training",
+}
