@@ -1,6 +1,6 @@
 """gloo in the place of NCCL.
 
-gloo of torch 2.11 has nearly all the collectives that Megatron uses (reduce_scatter_tensor, averages, uneven all-to-all,
+gloo of torch 2.11 has nearly all collectives that Megatron uses (reduce_scatter_tensor, averages, uneven all-to-all,
 coalescing, bf16), so only names, lifetimes and uneven gathering need care.
 """
 
