@@ -1,11 +1,13 @@
 """What the adapter replaces in Megatron's checkpoint code, with the reason. All of it is idempotent."""
 
 import functools
+import multiprocessing
 import os
 import re
 import signal
 import types
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.dist_checkpointing import serialization, validation
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, training
 
 from rmoe_megablocks.launcher.process import end_with_parent
@@ -68,7 +71,7 @@ def seal_manifests(seal: Callable[[Path, dict], None]) -> None:
 def damaged_files(folder: Path | str) -> list[str]:
     """Files of a checkpoint that do not match its manifest, the same list on every rank."""
     try:
-        _original(validation.verify_integrity_manifest)(str(folder))
+        validation.verify_integrity_manifest(str(folder))
     except CheckpointingException as error:
         found = re.findall(r"^  (.+?): (?:file missing|hash mismatch)", str(error), re.MULTILINE)
         return found or [validation.INTEGRITY_FNAME]
@@ -158,15 +161,34 @@ def end_writers_with_their_rank() -> None:
             parent = os.getpid()
 
             def write_while_parent_lives(*args: Any, **kwargs: Any) -> None:
-                end_with_parent(signal.SIGKILL)
-                if os.getppid() == parent:  # it may have ended before the line above
-                    write(*args, **kwargs)
+                end_with_parent(signal.SIGKILL, parent)
+                write(*args, **kwargs)
 
             async_request = async_request._replace(async_fn=write_while_parent_lives)
         original(async_request)
 
     schedule_async_save.original = original
     checkpointing.schedule_async_save = schedule_async_save
+
+
+def end_result_servers_with_their_rank() -> None:
+    """The process that holds the results of a rank's writers does not outlive the rank either.
+
+    A multiprocessing manager whose owner is killed waits for it for ever. filesystem_async.py:200 looks
+    ``get_write_results_queue`` up when called, which starts one the first time (filesystem_async.py:65).
+    """
+    original = _original(filesystem_async.get_write_results_queue)
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(end_with_parent, (signal.SIGKILL, os.getpid()))
+            filesystem_async._results_queue = manager.Queue()
+        return original(mp_mode)
+
+    get_write_results_queue.original = original
+    filesystem_async.get_write_results_queue = get_write_results_queue
 
 
 def save_indices_atomically() -> None:

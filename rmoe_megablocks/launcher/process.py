@@ -12,13 +12,16 @@ import warnings
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:
     """Have the kernel send this process a signal when its parent dies, so that a killed run leaves nothing behind.
 
+    ``parent`` is its process id where the caller knows it: should it be gone already, this process ends here.
     Linux only; elsewhere a killed launcher's processes have to be ended by hand.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os._exit(128 + number)
 
 
 def quiet_warnings(speaks: bool) -> None:

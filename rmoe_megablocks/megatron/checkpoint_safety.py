@@ -19,6 +19,7 @@ def install(args: argparse.Namespace) -> None:
     megatron_checkpoints.write_tracker(TRACKER, checkpoint_files.write_atomically)
     megatron_checkpoints.seal_manifests(checkpoint_files.seal)
     megatron_checkpoints.end_writers_with_their_rank()
+    megatron_checkpoints.end_result_servers_with_their_rank()
     megatron_checkpoints.verify_loads(verify)
     megatron_checkpoints.prepare_saves(Saves(args))
 
