@@ -30,7 +30,7 @@ MODEL = (
     "--tokenizer-type NullTokenizer --vocab-size 64 --micro-batch-size 2 --global-batch-size 8 --eval-iters 0 "
     "--hidden-dropout 0.1 --attention-dropout 0.1 --log-interval 100 --save-interval 2 --save-retain-interval 20"
 ).split()
-SECONDS_TO_END = 90  # for what is left of a killed run; torchrun gives its workers 30
+SECONDS_TO_END = 300  # for what is left of a killed run; torchrun gives its workers 30, a loaded machine takes longer
 
 
 @dataclass
@@ -83,6 +83,13 @@ class Run:
                 return True
             time.sleep(0.01)
         return False
+
+    def wait_for(self, iterations: float, pace: float) -> None:
+        """That many iterations: in seconds alone the run could end first when the machine gets faster."""
+        goal = self.iterations() + int(iterations)
+        while self.iterations() < goal and self.process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(pace * (iterations % 1))
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """What can be killed: the launcher, torchrun's agent, each rank, both ranks, or everything."""
@@ -155,7 +162,7 @@ def disturbed(run: Run, kills: int, iterations: int, pace: float, startup: float
         elif run.wait_for_training():
             latest = checkpoint_files.newest_complete(run.checkpoints)
             left = iterations - (latest.iteration if latest else 0)
-            time.sleep(choices.uniform(0, 1.5 * pace * left / (kills - len(done) + 1)))
+            run.wait_for(choices.uniform(0, 1.5 * left / (kills - len(done) + 1)), pace)
         if run.process.poll() is not None:
             raise SystemExit(f"the run ended before kill {len(done) + 1}:\n{run.log.read_text()[-3000:]}")
         hit = kill(run, choices)

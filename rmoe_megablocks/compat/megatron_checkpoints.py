@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import re
-import signal
 import types
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
@@ -18,7 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, training
 
-from rmoe_megablocks.launcher.process import end_with_parent
+from rmoe_megablocks.launcher.process import serve_parent
 
 
 def _original(function: Callable) -> Callable:
@@ -161,7 +160,7 @@ def end_writers_with_their_rank() -> None:
             parent = os.getpid()
 
             def write_while_parent_lives(*args: Any, **kwargs: Any) -> None:
-                end_with_parent(signal.SIGKILL, parent)
+                serve_parent(parent)
                 write(*args, **kwargs)
 
             async_request = async_request._replace(async_fn=write_while_parent_lives)
@@ -172,9 +171,10 @@ def end_writers_with_their_rank() -> None:
 
 
 def end_result_servers_with_their_rank() -> None:
-    """The process that holds the results of a rank's writers does not outlive the rank either.
+    """The process that holds the results of a rank's writers does not outlive the rank either, nor end before it.
 
-    A multiprocessing manager whose owner is killed waits for it for ever. filesystem_async.py:200 looks
+    A multiprocessing manager whose owner is killed waits for it for ever; SIGTERM, which torchrun sends to both, ends
+    it while the rank still saves. filesystem_async.py:200 looks
     ``get_write_results_queue`` up when called, which starts one the first time (filesystem_async.py:65).
     """
     original = _original(filesystem_async.get_write_results_queue)
@@ -183,7 +183,7 @@ def end_result_servers_with_their_rank() -> None:
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(end_with_parent, (signal.SIGKILL, os.getpid()))
+            manager.start(serve_parent, (os.getpid(),))
             filesystem_async._results_queue = manager.Queue()
         return original(mp_mode)
 

@@ -24,6 +24,15 @@ def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None 
             os._exit(128 + number)
 
 
+def serve_parent(parent: int) -> None:
+    """For a helper process of a rank, of process id ``parent``: it lives exactly as long as the rank.
+
+    torchrun sends SIGTERM to a rank's whole process group; the rank saves a checkpoint then and needs its helpers.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL, parent)
+
+
 def quiet_warnings(speaks: bool) -> None:
     """Drop Megatron's warnings about optional packages, and all of them in a process that does not speak for the run.
 

@@ -126,6 +126,8 @@ def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
         if args.pretrained_checkpoint is None:
             return notes
         choice = checkpoint_files.choose(args.pretrained_checkpoint, "--pretrained-checkpoint", args.ckpt_step)
+        if choice.iteration is None:
+            raise UsageError(f"--pretrained-checkpoint {args.pretrained_checkpoint}: no checkpoint there")
         args.ckpt_step = choice.iteration or None
         return notes
     args.load, args.ckpt_step = folder, choice.iteration or None

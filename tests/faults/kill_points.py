@@ -7,13 +7,14 @@ import builtins
 import functools
 import io
 import os
-import pickle
 import shutil
 import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.checkpoints import flip_in_a_weight
 
 
 def die() -> None:
@@ -101,6 +102,21 @@ def _in_data(parent: bool) -> Callable[[], None]:
     return arm
 
 
+def _torchrun_ends_the_rank() -> None:
+    """SIGTERM to the rank and its helpers, between two tensors: as torchrun and a batch system send it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async._write_item
+    os.setsid()
+
+    @functools.wraps(original)
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        os.killpg(0, signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    filesystem_async._write_item = write_item
+
+
 def _in_a_step() -> None:
     from megatron.training import training
 
@@ -128,6 +144,7 @@ def _while_deleting() -> None:
 
 POINTS: dict[str, Callable[[], None]] = {
     "in a step": _in_a_step,
+    "SIGTERM in the data": _torchrun_ends_the_rank,
     "in the data": _in_data(parent=False),
     "in the data, asynchronously": _in_data(parent=True),
     "before .metadata": on_write(".metadata.tmp", half=True),
@@ -164,13 +181,7 @@ def _truncate(folder: Path) -> None:
 
 
 def _flip(folder: Path) -> None:
-    """A byte in a weight: the last tensor of the file, its data and not what torch writes around them."""
-    checkpoint = folder / "checkpoints" / "iter_0000004"
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    (info,) = [info for index, info in metadata.storage_data.items() if index.fqn == "output_layer.weight"]
-    content = bytearray((checkpoint / info.relative_path).read_bytes())
-    content[info.offset + info.length // 2] ^= 0x10
-    (checkpoint / info.relative_path).write_bytes(content)
+    flip_in_a_weight(folder / "checkpoints" / "iter_0000004")
 
 
 #: what may be done to a run's folder before a step

@@ -4,7 +4,6 @@ docs/checkpoints.md has the outcomes as a table. The checkpoint is a real one of
 run, from the choice of the checkpoint to the tensors, in this process. A few go through Megatron on two ranks.
 """
 
-import pickle
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import checkpoint_files, checkpoint_safety, checkpoints
+from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoint_safety, checkpoints
 from rmoe_megablocks.megatron.checkpoint_files import MANIFEST, TRACKER
-from tests.checkpoints import load_tensors
+from tests.checkpoints import flip, flip_in_a_weight, load_tensors, stored
 from tests.faults.test_kills import TINY, run_steps
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json", TRACKER)
@@ -70,12 +69,6 @@ def positions(path: Path) -> list[int]:
     """Where to flip a byte: all over the file, every one of a small file."""
     size = path.stat().st_size
     return list(range(size)) if size < 100 else sorted({size * i // 40 for i in range(40)} | {1, size - 1})
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x10
-    path.write_bytes(content)
 
 
 DAMAGES = ["truncate to nothing", "truncate to half", "lose the last byte", "delete", "append"]
@@ -143,11 +136,18 @@ def test_a_flipped_byte_is_named_or_harmless(saved, name):
     assert refused == len(positions(path)) or (name == MANIFEST and refused > 0.8 * len(positions(path)))
 
 
-def stored(folder: Path, key: str) -> tuple[Path, int, int]:
-    """File, offset and length of what a checkpoint holds under ``key``."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    (info,) = [info for index, info in metadata.storage_data.items() if index.fqn.startswith(key)]
-    return folder / info.relative_path, info.offset, info.length
+def test_the_router_is_checked_in_the_checkpoint_that_ckpt_step_names(saved):
+    """For existing jobs as well, where Megatron alone decides what to load."""
+    shutil.rmtree(saved / "iter_0000004")
+    args = arguments.parse([*TINY, "--load", str(saved), "--moe-router-type", "linear"])
+    with pytest.raises(UsageError, match="iter_0000004 is missing"):
+        checkpoints.check_router_matches(args)
+    args.ckpt_step = 2
+    with pytest.raises(UsageError, match="the checkpoint's router is gru, this run's is linear"):
+        checkpoints.check_router_matches(args)
+    args.pretrained_checkpoint, args.load = args.load, str(saved / "nothing")
+    with pytest.raises(UsageError, match="--pretrained-checkpoint .* the checkpoint's router is gru"):
+        checkpoints.check_router_matches(args)
 
 
 def test_a_flip_in_the_pickled_arguments_is_named(saved):
@@ -162,8 +162,7 @@ def test_a_flip_in_the_pickled_arguments_is_named(saved):
 def test_without_verification_a_flipped_weight_goes_unnoticed(saved, monkeypatch):
     """Torch does not look at the checksums of its own file format: nothing but the manifest notices."""
     before = load_tensors(saved)
-    path, offset, length = stored(saved / "iter_0000004", "output_layer.weight")
-    flip(path, offset + length // 2)
+    path = flip_in_a_weight(saved / "iter_0000004")
     monkeypatch.setattr(checkpoint_safety, "verify", lambda folder: None)
     assert not same(start(saved)[1], before)
     monkeypatch.undo()

@@ -39,6 +39,7 @@ class Case:
     options: str = ""
     fresh: bool = False  # killed before anything was saved
     before: str = ""
+    code: int = -signal.SIGKILL
 
     @property
     def name(self) -> str:
@@ -49,6 +50,7 @@ STALE = "complete, though latest_checkpointed_iteration.txt still names iter_000
 CASES = [
     Case("in a step", 2),
     Case("in the data", 2),
+    Case("SIGTERM in the data", 4, code=0),  # it saves to the end and stops
     Case("before .metadata", 2),
     Case("before metadata.json", 2),
     Case("half of metadata.json", 2),
@@ -107,7 +109,7 @@ def test_every_kill_point_is_tried():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_killed_and_resumed_equals_undisturbed(folder, results, case):
     killed, resumed = results[f"{case.name} killed"], results[f"{case.name} resumed"]
-    assert killed["codes"] == [-signal.SIGKILL], killed["output"]
+    assert killed["codes"] == [case.code], killed["output"]
     assert resumed["codes"] == [0], resumed["output"]
     lines = [line for line in resumed["output"].splitlines() if "continuing from" in line or "beginning" in line]
     if case.resumes is None:
