@@ -115,7 +115,7 @@ class Run:
             return []
 
 
-def kill(run: Run, choices: random.Random) -> Kill:
+def kill(run: Run, before: dict[Path, float], choices: random.Random) -> Kill:
     """Kills something of the run and waits for the end of the rest, which is what a scheduler does as well."""
     candidates = run.processes()
     descendants = run.descendants()
@@ -125,7 +125,7 @@ def kill(run: Run, choices: random.Random) -> Kill:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             pass
-    during = moment(run.checkpoints)
+    during = moment(run.checkpoints, before)
     run.process.wait(timeout=SECONDS_TO_END)
     _, left = psutil.wait_procs(descendants, timeout=SECONDS_TO_END)
     leftovers = [" ".join(process.cmdline())[-100:] for process in left]
@@ -134,13 +134,18 @@ def kill(run: Run, choices: random.Random) -> Kill:
     return Kill(what, during, leftovers=leftovers)
 
 
-def moment(checkpoints: Path) -> str:
-    """Where the kill hit, by what is on disk."""
-    states = [checkpoint_files.inspect(checkpoints, i) for i in checkpoint_files.iterations(checkpoints)]
-    if any(s.state in (checkpoint_files.State.INCOMPLETE, checkpoint_files.State.UNVERIFIED) for s in states):
-        return "save"
-    if any(s.state is checkpoint_files.State.DAMAGED for s in states):
-        return "deletion"
+def partial(checkpoints: Path) -> dict[Path, float]:
+    """Incomplete checkpoints and when something in them changed last."""
+    found = [checkpoint_files.inspect(checkpoints, i) for i in checkpoint_files.iterations(checkpoints)]
+    complete = checkpoint_files.State.COMPLETE
+    return {c.folder: c.folder.stat().st_mtime for c in found if c.state is not complete and c.folder.is_dir()}
+
+
+def moment(checkpoints: Path, before: dict[Path, float]) -> str:
+    """Where a kill hit, by what changed on disk since the start of the attempt."""
+    for folder, changed in partial(checkpoints).items():
+        if before.get(folder) != changed:
+            return "deletion" if (folder / checkpoint_files.MANIFEST).exists() else "save"
     latest = checkpoint_files.newest_complete(checkpoints)
     tracker = checkpoints / checkpoint_files.TRACKER
     if latest and (not tracker.exists() or tracker.read_text() != str(latest.iteration)):
@@ -152,6 +157,7 @@ def disturbed(run: Run, kills: int, iterations: int, pace: float, startup: float
     """Kills ``run`` so many times and lets it end."""
     done: list[Kill] = []
     while True:
+        before = partial(run.checkpoints)
         run.start()
         if len(done) == kills:
             run.finish()
@@ -165,7 +171,7 @@ def disturbed(run: Run, kills: int, iterations: int, pace: float, startup: float
             run.wait_for(choices.uniform(0, 1.5 * left / (kills - len(done) + 1)), pace)
         if run.process.poll() is not None:
             raise SystemExit(f"the run ended before kill {len(done) + 1}:\n{run.log.read_text()[-3000:]}")
-        hit = kill(run, choices)
+        hit = kill(run, before, choices)
         record_start(done, run.log)
         done.append(hit)
         print(f"kill {len(done)}: {hit.what}, during {hit.during}, at iteration {run.iterations()}", flush=True)
