@@ -183,7 +183,7 @@ def test_checkpoint_with_a_flipped_byte_is_named_by_one_line(runs, straight):
     shutil.copytree(runs / "straight" / "checkpoints", copy)
     file = flip_in_a_weight(copy / "iter_0000020")
     process = start(runs, "flipped", "--save-interval", "10", "--train-iters", "30")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     lines = [line for line in output.splitlines() if "rmoe: error" in line or "Traceback" in line]
     assert process.returncode == 2 and len(lines) == 1, output
     assert f"iter_0000020 is damaged or incomplete: {file.name} is not as saved; there is no other" in lines[0]

@@ -9,6 +9,8 @@ import sys
 import time
 import warnings
 
+from rmoe_megablocks.errors import CommonError
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,4 +61,5 @@ def report_from_rank(message: object) -> None:
         return
     # Rank 0's exit ends this process during the wait; a rank with an error of its own survives it and speaks.
     time.sleep(3)
-    report(f"rank {rank}: {message}")
+    if not isinstance(message, CommonError):
+        report(f"rank {rank}: {message}")

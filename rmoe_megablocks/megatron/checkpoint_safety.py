@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rmoe_megablocks.compat import megatron_checkpoints
-from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.errors import CommonError
 from rmoe_megablocks.megatron import checkpoint_files
 from rmoe_megablocks.megatron.checkpoint_files import MANIFEST, TRACKER, State
 
@@ -28,13 +28,13 @@ def check_agreement(args: argparse.Namespace) -> None:
     """Refuses ranks that chose different checkpoints, as where not all machines see the same folder.
 
     Raises:
-        UsageError: on every rank.
+        CommonError: on every rank.
     """
     choices: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(choices, (args.load, args.ckpt_step))
     for rank, choice in enumerate(choices):
         if choice != choices[0]:
-            raise UsageError(
+            raise CommonError(
                 f"--load {choices[0][0]}: rank 0 would start from iteration {choices[0][1] or 0}, rank {rank} from "
                 f"{choice[1] or 0}: the folder must be the same on all machines"
             )
@@ -46,7 +46,7 @@ def verify(folder: Path) -> None:
     Collective where there is a process group. It reads the whole checkpoint once.
 
     Raises:
-        UsageError: on every rank, naming what is damaged.
+        CommonError: on every rank, naming what is damaged.
     """
     if not (folder / MANIFEST).exists():
         return
@@ -54,7 +54,7 @@ def verify(folder: Path) -> None:
     if damaged:
         others = (c for c in checkpoint_files.complete(folder.parent) if c.folder.name != folder.name)
         what = checkpoint_files.listed(damaged)
-        raise UsageError(
+        raise CommonError(
             f"{folder} is damaged or incomplete: {what} not as saved; {checkpoint_files.instead(next(others, None))}"
         )
 

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import flip_in_a_weight
-
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -181,6 +179,8 @@ def _truncate(folder: Path) -> None:
 
 
 def _flip(folder: Path) -> None:
+    from tests.checkpoints import flip_in_a_weight  # here: it imports torch, which a manager's process need not
+
     flip_in_a_weight(folder / "checkpoints" / "iter_0000004")
 
 
