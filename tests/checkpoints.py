@@ -1,5 +1,6 @@
-"""Reading torch_dist checkpoints without a process group, to compare what two runs have saved."""
+"""Reading torch_dist checkpoints without a process group, to compare what two runs have saved, and damaging them."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -32,3 +33,24 @@ def assert_same_tensors(left: Path, right: Path) -> None:
     assert ours and ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different, f"{len(different)} of {len(ours)} tensors differ, as {different[0]}"
+
+
+def stored(checkpoint: Path, key: str) -> tuple[Path, int, int]:
+    """File, offset and length of what one checkpoint holds under ``key``."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    (info,) = [info for index, info in metadata.storage_data.items() if index.fqn.startswith(key)]
+    return checkpoint / info.relative_path, info.offset, info.length
+
+
+def flip(path: Path, position: int) -> None:
+    """Damages one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def flip_in_a_weight(checkpoint: Path) -> Path:
+    """Damages a byte in the middle of a tensor, where nothing but a checksum can notice. Returns the file."""
+    path, offset, length = stored(checkpoint, "output_layer.weight")
+    flip(path, offset + length // 2)
+    return path

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.checkpoints import flip_in_a_weight
+
 REPOSITORY = Path(__file__).parents[1]
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 32 --num-experts 4 "
@@ -173,3 +175,15 @@ def test_checkpoint_that_is_incomplete_is_named(runs, straight):
     process = start(runs, "incomplete")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "iter_0000020 is damaged or incomplete" in output.splitlines()[-1]
+
+
+def test_checkpoint_with_a_flipped_byte_is_named_by_one_line(runs, straight):
+    """Only the ranks notice that, when they load: all of them end, and one speaks."""
+    copy = runs / "flipped" / "checkpoints"
+    shutil.copytree(runs / "straight" / "checkpoints", copy)
+    file = flip_in_a_weight(copy / "iter_0000020")
+    process = start(runs, "flipped", "--save-interval", "10", "--train-iters", "30")
+    output, _ = process.communicate(timeout=240)
+    lines = [line for line in output.splitlines() if "rmoe: error" in line or "Traceback" in line]
+    assert process.returncode == 2 and len(lines) == 1, output
+    assert f"iter_0000020 is damaged or incomplete: {file.name} is not as saved; there is no other" in lines[0]

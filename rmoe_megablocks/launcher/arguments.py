@@ -19,8 +19,10 @@ from rmoe_megablocks.launcher.config import (
 )
 from rmoe_megablocks.launcher.naming import run_name
 
-# where files go and what is shown: another value of these does not make it another run
-_NOT_NAMED = re.compile(r"--(runs-dir|save|load|log-.*|tensorboard-.*|wandb-.*|exit-.*)$")
+# where files go, how, and what is shown: another value of these does not make it another run
+_NOT_NAMED = re.compile(
+    r"--(runs-dir|save|load|ckpt-step|async-.*|(no-)?verify-integrity|log-.*|tensorboard-.*|wandb-.*|exit-.*)$"
+)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,30 @@ import sys
 import time
 import warnings
 
+from rmoe_megablocks.errors import CommonError
+
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+def end_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:
     """Have the kernel send this process a signal when its parent dies, so that a killed run leaves nothing behind.
 
+    ``parent`` is its process id where the caller knows it: should it be gone already, this process ends here.
     Linux only; elsewhere a killed launcher's processes have to be ended by hand.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os._exit(128 + number)
+
+
+def serve_parent(parent: int) -> None:
+    """For a helper process of a rank, of process id ``parent``: it lives exactly as long as the rank.
+
+    torchrun sends SIGTERM to a rank's whole process group; the rank saves a checkpoint then and needs its helpers.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL, parent)
 
 
 def quiet_warnings(speaks: bool) -> None:
@@ -47,4 +61,5 @@ def report_from_rank(message: object) -> None:
         return
     # Rank 0's exit ends this process during the wait; a rank with an error of its own survives it and speaks.
     time.sleep(3)
-    report(f"rank {rank}: {message}")
+    if not isinstance(message, CommonError):
+        report(f"rank {rank}: {message}")

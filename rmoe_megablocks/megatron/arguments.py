@@ -66,6 +66,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     group.add_argument("--no-checkpoints", action="store_true", help="Save none, for measurements and trials.")
     group.add_argument(
+        "--no-verify-integrity",
+        action="store_true",
+        help="Save and load torch_dist checkpoints without hashing their files (see docs/checkpoints.md).",
+    )
+    group.add_argument(
         "--no-final-evaluation",
         action="store_true",
         help="Leave out the exact evaluation of the validation and test splits.",
@@ -151,6 +156,13 @@ def fill_defaults(args: argparse.Namespace) -> list[str]:
         args.expert_tensor_parallel_size = backend.expert_tensor_size(args)
     if not (args.reset_attention_mask or "--create-attention-mask-in-dataloader" in args.explicit):
         args.create_attention_mask_in_dataloader = False  # attention is causal anyway
+    if args.async_save and args.async_strategy == "nvrx" and not _installed("nvidia_resiliency_ext"):
+        if "--async-strategy" in args.explicit:
+            raise UsageError(
+                "--async-strategy nvrx: nvidia-resiliency-ext is not installed; use --async-strategy mcore"
+            )
+        args.async_strategy = "mcore"
+        told.append("nvidia-resiliency-ext is not installed: --async-strategy mcore")
     if "--no-exit-signal-handler" not in args.explicit:
         args.exit_signal_handler = True  # Ctrl-C and SIGTERM save a checkpoint
     return told

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import checkpoint_safety
 from rmoe_megablocks.megatron.backend import MEGATRON
 
 
@@ -26,13 +27,19 @@ def latest_iteration(folder: Path | str | None) -> int | None:
     return int(text)
 
 
-def saved_arguments(folder: Path | str) -> argparse.Namespace | None:
-    """Arguments of the run that wrote the latest torch_dist checkpoint in ``folder``; None for other formats."""
-    iteration = latest_iteration(folder)
+def saved_arguments(folder: Path | str, step: int | None = None) -> argparse.Namespace | None:
+    """Arguments of the run that wrote a torch_dist checkpoint in ``folder``; None for other formats.
+
+    Args:
+        folder: of the checkpoints and their tracker file.
+        step: ``--ckpt-step``; without it the checkpoint that the tracker names.
+    """
+    iteration = step or latest_iteration(folder)
     name = "release" if iteration == 0 else f"iter_{iteration:07d}"
     checkpoint = Path(folder) / name
     if not checkpoint.is_dir():
-        raise UsageError(f"--load {folder}: its tracker names {name}, but {checkpoint} is missing")
+        source = f"--ckpt-step {step}" if step else "its tracker"
+        raise UsageError(f"--load {folder}: {source} names {name}, but {checkpoint} is missing")
     if any(checkpoint.glob("mp_rank_*")):  # --ckpt-format torch
         return None
     try:
@@ -41,18 +48,26 @@ def saved_arguments(folder: Path | str) -> argparse.Namespace | None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is one
+        checkpoint_safety.verify(checkpoint)  # names the file, if the checkpoint has a manifest
         raise UsageError(f"--load {folder}: {checkpoint} is damaged or incomplete ({type(error).__name__})") from error
 
 
 def check_router_matches(args: argparse.Namespace) -> None:
     """Refuses a checkpoint of another router type or state width. Raises UsageError naming both sides."""
     for option, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        if latest_iteration(folder) is not None:
+        if _has_checkpoint(folder, args.ckpt_step):
             _check_saved_router(args, option, folder)
+            return  # Megatron takes the other only where --load has none
+
+
+def _has_checkpoint(folder: str | None, step: int | None) -> bool:
+    if folder is not None and step and Path(folder, f"iter_{step:07d}").is_dir():
+        return True
+    return latest_iteration(folder) is not None
 
 
 def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> None:
-    saved = saved_arguments(folder)
+    saved = saved_arguments(folder, args.ckpt_step)
     if saved is None:
         return
     saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package

@@ -17,7 +17,7 @@ from megatron.training.global_vars import set_global_variables
 
 from rmoe_megablocks import data
 from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.megatron import batches, evaluation
+from rmoe_megablocks.megatron import batches, checkpoint_safety, evaluation
 from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.reporting import Reporter, megatron_output_to
@@ -49,8 +49,10 @@ def run_megatron(args: argparse.Namespace, on_model: Callable[[Model], None]) ->
     set_global_variables(args)
     model_config = gpt_config_from_args(args)
     install_router(model_config, args)
+    checkpoint_safety.install(args)
 
     def hook(chunks: Model) -> Model:
+        checkpoint_safety.check_agreement(args)
         on_model(chunks)
         return chunks
 

@@ -13,6 +13,7 @@ import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
+from rmoe_megablocks.megatron.checkpoint_files import write_atomically
 from rmoe_megablocks.megatron.health import RoutingHealth
 
 
@@ -91,7 +92,7 @@ class Reporter:
         """Drops lines of iterations that a resumed run does again, and starts the progress bar."""
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < iteration]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=train_iters,
             initial=iteration - 1,

@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints
+from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoints
 from rmoe_megablocks.megatron.install import routing_config
 from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
@@ -51,18 +51,19 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     """
     args = arguments.parse(argv)
     notes = arguments.fill_defaults(args)
+    if args.ckpt_format == "torch_dist" and not args.no_verify_integrity:
+        args.verify_integrity = True  # its manifest also tells a complete checkpoint from a partial one
     if world_size is not None:
         args.world_size = world_size
     check_world_size(args)
     arguments.check_router_arguments(args)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder)
+    checkpoint_note = _choose_checkpoint(args)
     dataset, metadata = _choose_data(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
-    notes += choose_optimizer_checkpoint(args)
-    if (iteration := checkpoints.latest_iteration(args.load)) is not None:
-        notes.append(f"continuing from iteration {iteration} in {args.load}")
+    notes += choose_optimizer_checkpoint(args) + checkpoint_note
     del args.explicit
     return Run(args, folder, dataset, metadata, notes, _as_config(argv))
 
@@ -98,10 +99,6 @@ def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
     else:
         args.save = args.save or str(folder / "checkpoints")
         arguments.check_writable(Path(args.save), "--save")
-    if args.load is None and args.save and checkpoints.latest_iteration(args.save) is not None:
-        args.load = args.save  # the same command again resumes
-    elif args.load is not None and args.load != args.save and checkpoints.latest_iteration(args.load) is None:
-        raise UsageError(f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is missing)")
     if args.save_interval is None:
         args.save_interval = args.train_iters or 1000
     if args.eval_interval is None:
@@ -110,6 +107,37 @@ def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
         args.tensorboard_dir = str(folder / "tensorboard")
     if args.data_cache_path is None:
         args.data_cache_path = str(folder / "data_cache")
+
+
+def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
+    """Decides what the run starts from and says so; the same command again resumes.
+
+    Megatron gets the choice as --ckpt-step, so that every rank loads what was decided here, and what was checked.
+    """
+    option, folder = ("--load", args.load) if args.load else ("--save", args.save)
+    choice = None
+    if folder is not None and not (args.load is None and args.pretrained_checkpoint and _is_empty(folder)):
+        choice = checkpoint_files.choose(folder, option, args.ckpt_step)
+    if choice is None or choice.iteration is None:
+        if args.load is not None and args.load != args.save:
+            raise UsageError(f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is missing)")
+        notes = [choice.note] if choice and choice.note else []
+        args.load = None  # an empty tracker would end Megatron
+        if args.pretrained_checkpoint is None:
+            return notes
+        choice = checkpoint_files.choose(args.pretrained_checkpoint, "--pretrained-checkpoint", args.ckpt_step)
+        if choice.iteration is None:
+            raise UsageError(f"--pretrained-checkpoint {args.pretrained_checkpoint}: no checkpoint there")
+        args.ckpt_step = choice.iteration or None
+        return notes
+    args.load, args.ckpt_step = folder, choice.iteration or None
+    args.pretrained_checkpoint = None  # Megatron takes it only where --load has none, and tells by the tracker alone
+    return [choice.note] if choice.note else []
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether nothing was ever saved there: --ckpt-step then speaks of --pretrained-checkpoint."""
+    return not (checkpoint_files.iterations(Path(folder)) or Path(folder, checkpoint_files.TRACKER).exists())
 
 
 def choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:

@@ -220,6 +220,7 @@ def test_the_launchers_options_do_not_take_megatrons():
         ("--lr 1 --bf16", "run-lr-1-bf16"),
         ("--lr=1 --bf16", "run-lr-1-bf16"),
         ("--save x --log-interval 5 --runs-dir=y --lr 1", "run-lr-1"),
+        ("--ckpt-step 4 --async-save --no-verify-integrity --lr 1", "run-lr-1"),
         ("--run-name mine --lr 1", "mine"),
     ],
 )

@@ -95,7 +95,7 @@ def test_experts_are_not_split_over_tensor_ranks():
 )
 def test_optimizer_state_in_buffer_order_stays_with_its_backend(monkeypatch, saved, run, refused):
     monkeypatch.setattr(checkpoints, "latest_iteration", lambda folder: 5)
-    monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder: parsed(*saved.split()))
+    monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder, step: parsed(*saved.split()))
     args = parsed("--load", "somewhere", *run.split())
     if not refused:
         checkpoints.check_router_matches(args)
