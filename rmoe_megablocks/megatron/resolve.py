@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints
+from rmoe_megablocks.megatron import arguments, checkpoints, nonfinite
 from rmoe_megablocks.megatron.install import routing_config
 from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
@@ -60,6 +60,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     dataset, metadata = _choose_data(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
+    nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args)
     if (iteration := checkpoints.latest_iteration(args.load)) is not None:
         notes.append(f"continuing from iteration {iteration} in {args.load}")
