@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints, nonfinite
+from rmoe_megablocks.megatron import arguments, checkpoints, nonfinite, upcycling
 from rmoe_megablocks.megatron.install import routing_config
 from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
@@ -58,11 +58,12 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder)
     dataset, metadata = _choose_data(args)
+    notes += upcycling.choose(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args)
-    if (iteration := checkpoints.latest_iteration(args.load)) is not None:
+    if (iteration := checkpoints.latest_iteration(args.load)) is not None and not args.moe_router_upcycle:
         notes.append(f"continuing from iteration {iteration} in {args.load}")
     del args.explicit
     return Run(args, folder, dataset, metadata, notes, _as_config(argv))

@@ -23,6 +23,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import evaluation
 from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
@@ -116,6 +117,8 @@ def main(cases_file: str, out: str) -> None:
         try:
             with contextlib.redirect_stdout(log):
                 result = run_case(case)
+        except UsageError as error:  # on all ranks alike
+            result = {"refused": str(error)}
         except BaseException:  # reported by the test that reads the result
             result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
         torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
