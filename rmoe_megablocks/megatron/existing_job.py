@@ -12,7 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from rmoe_megablocks.compat import megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints, upcycling
+from rmoe_megablocks.megatron import arguments, checkpoints, resharding, upcycling
 from rmoe_megablocks.megatron.backend import MEGATRON
 from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
@@ -55,6 +55,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
         return
     notes = upcycling.choose(args)
     checkpoints.check_router_matches(args)
+    resharding.check_optimizer_layout(args)
     stock = not get_router_type(args.moe_router_type).recurrent and args.moe_backend == MEGATRON
     if stock or _is_prepared(model_config):
         return

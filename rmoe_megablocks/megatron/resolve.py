@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints, nonfinite, upcycling
+from rmoe_megablocks.megatron import arguments, checkpoints, nonfinite, resharding, upcycling
 from rmoe_megablocks.megatron.install import routing_config
 from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
@@ -61,6 +61,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     notes += upcycling.choose(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
+    resharding.check_optimizer_layout(args)
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args)
     if (iteration := checkpoints.latest_iteration(args.load)) is not None and not args.moe_router_upcycle:

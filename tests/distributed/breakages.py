@@ -8,7 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from rmoe_megablocks.megatron import batches, install, layer, stage_boundary
+from rmoe_megablocks.megatron import batches, install, layer, resharding, stage_boundary
 from rmoe_megablocks.megatron.shared import SharedRecurrence
 
 
@@ -100,6 +100,7 @@ _BREAKAGES = {
     "keys' gradient not summed": _keys_gradient_not_summed,
     "weight": lambda: _at_iteration(3, 2, _spoil_weight),
     "gradient": lambda: _at_iteration(3, 3, _spoil_gradient),
+    "no check of the optimizer's layout": lambda: mock.patch.object(resharding, "check_optimizer_layout"),
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 
