@@ -45,6 +45,12 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="standard",
         help="Initialisation of the recurrent cell: uniform in +-1/sqrt(P), or the model's own (--init-method-std).",
     )
+    group.add_argument(
+        "--moe-router-upcycle",
+        action="store_true",
+        help="Start a recurrent model from the weights of a linear checkpoint (--load or --pretrained-checkpoint); "
+        "routing, optimizer, data and iteration start afresh.",
+    )
     backend.add_backend_argument(parser.add_argument_group("experts"))
     return parser
 

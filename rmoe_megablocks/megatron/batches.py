@@ -19,6 +19,8 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from rmoe_megablocks.megatron import nonfinite
+
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -99,6 +101,7 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     """Summed loss of a micro-batch, its number of tokens, and both again for Megatron's averages."""
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
     num_tokens = loss_mask.sum().detach().to(torch.int)
+    nonfinite.note_loss(loss)
     if get_args().check_for_nan_in_loss_and_grad:
         for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(

@@ -71,10 +71,13 @@ def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> N
     if saved is None:
         return
     saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package
+    if saved_type == "linear" and args.moe_router_upcycle:
+        return
     if saved_type != args.moe_router_type:
+        upcycle = ", or --moe-router-upcycle to start from all its weights but the router's" * (saved_type == "linear")
         raise UsageError(
             f"{option} {folder}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
-            f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run"
+            f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run{upcycle}"
         )
     if option == "--load":  # only weights are taken from the other
         _check_optimizer_state_fits(args, saved)

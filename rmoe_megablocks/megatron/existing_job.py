@@ -12,7 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from rmoe_megablocks.compat import megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints
+from rmoe_megablocks.megatron import arguments, checkpoints, resharding, upcycling
 from rmoe_megablocks.megatron.backend import MEGATRON
 from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
@@ -53,7 +53,9 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
     _check_router(args)
     if args.yaml_cfg is not None:
         return
+    notes = upcycling.choose(args)
     checkpoints.check_router_matches(args)
+    resharding.check_optimizer_layout(args)
     stock = not get_router_type(args.moe_router_type).recurrent and args.moe_backend == MEGATRON
     if stock or _is_prepared(model_config):
         return
@@ -62,7 +64,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
             f"--moe-router-type {args.moe_router_type} does not work with a {type(model_config).__name__}: "
             "leave out what makes the script use it (as ModelOpt's arguments)"
         )
-    for note in choose_optimizer_checkpoint(args):
+    for note in notes + choose_optimizer_checkpoint(args):
         if args.rank == 0:
             print(note, flush=True)
     install_router(model_config, args)

@@ -1,10 +1,32 @@
 """How the routing is doing: measured on the iterations that are logged, for every router type alike."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+
+
+def observe_routers(chunks: list[torch.nn.Module], observer: Callable[[TopKRouter, Tensor, Tensor], None]) -> None:
+    """Calls ``observer(router, logits [..., E], routing_map [T, E])`` after every routing of ``chunks``.
+
+    What the routers return is passed through unchanged.
+    """
+
+    def observed(router: TopKRouter, routing):
+        def observed_routing(logits: Tensor, *args, **kwargs):
+            result = routing(logits, *args, **kwargs)
+            observer(router, logits, result[1])
+            return result
+
+        return observed_routing
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.routing = observed(module, module.routing)
 
 
 class RoutingHealth:
@@ -25,19 +47,11 @@ class RoutingHealth:
 
     def watch(self, chunks: list[torch.nn.Module]) -> None:
         """Observes every router of ``chunks``. Their results are passed through unchanged."""
-        for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, TopKRouter):
-                    module.routing = self._observed(module, module.routing)
+        observe_routers(chunks, self._observe)
 
-    def _observed(self, router: TopKRouter, routing):
-        def observed(logits: Tensor, *args, **kwargs):
-            result = routing(logits, *args, **kwargs)
-            if self.measuring and router.training and torch.is_grad_enabled():
-                self._add(router, logits.detach(), result[1])
-            return result
-
-        return observed
+    def _observe(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:
+        if self.measuring and router.training and torch.is_grad_enabled():
+            self._add(router, logits.detach(), routing_map_TE)
 
     @torch.no_grad()
     def _add(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:

@@ -12,7 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import stage_boundary
+from rmoe_megablocks.megatron import stage_boundary, upcycling
 from rmoe_megablocks.megatron.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.layer import RecurrentMoELayer, RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
@@ -48,6 +48,8 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
     config.has_cond_embedder = True  # finalize_model_grads sums the gradients of SharedRecurrence over stages
     model_config.transformer_layer_spec = recurrent_block_spec
     model_config.pre_wrap_hooks.append(partial(connect_stages, seed=args.seed))
+    if args.moe_router_upcycle:
+        model_config.pre_wrap_hooks.append(partial(upcycling.keep_fresh_routing, args=args))
     megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
     megatron_hooks.change_mtp_layers(_recurrent_mtp_layer_spec)
 

@@ -13,11 +13,12 @@ import yaml
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import set_global_variables
 
 from rmoe_megablocks import data
 from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.megatron import batches, checkpoint_safety, evaluation
+from rmoe_megablocks.megatron import batches, checkpoint_safety, checkpoints, evaluation, nonfinite
 from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.install import install_router
 from rmoe_megablocks.megatron.reporting import Reporter, megatron_output_to
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
 def run_megatron(args: argparse.Namespace, on_model: Callable[[Model], None]) -> None:
     """Builds the model that ``args`` describe and hands it to Megatron's training loop.
 
-    ``on_model`` sees the model chunks once they are wrapped, before the optimizer exists.
+    ``on_model`` sees the model chunks once they are wrapped, before the optimizer exists. Raises NonFiniteError, on
+    all ranks at once, when a loss or gradient is not finite.
     """
     set_global_variables(args)
     model_config = gpt_config_from_args(args)
@@ -53,6 +55,7 @@ def run_megatron(args: argparse.Namespace, on_model: Callable[[Model], None]) ->
 
     def hook(chunks: Model) -> Model:
         checkpoint_safety.check_agreement(args)
+        nonfinite.install(chunks, args)
         on_model(chunks)
         return chunks
 
@@ -93,11 +96,32 @@ def _train(run: Run) -> int:
             f"stopped after iteration {reporters[0].iteration}: checkpoint in {args.save}; the same command resumes"
         )
         return exit.code or 0
+    except nonfinite.NonFiniteError as error:
+        return _stopped(error, reporters[0], args)
     reporter = reporters[0]
     reporter.close()
     summary = summarise(run, model, reporter)
     torch.distributed.destroy_process_group()
     return 0 if summary else 1
+
+
+def _stopped(error: nonfinite.NonFiniteError, reporter: Reporter, args: argparse.Namespace) -> int:
+    """Tells why the run cannot go on, and from where it can be taken up again. Every rank ends here."""
+    maybe_finalize_async_save(blocking=True, terminate=True)  # of an earlier iteration
+    reporter.stop(error.iteration, error.cause)
+    print(error, flush=True)  # Megatron's log
+    reporter.say(f"{error}\nno weight was changed and nothing was saved; {_resumes_from(args)}")
+    torch.distributed.barrier()  # the report comes before torchrun ends the others for the first one's exit
+    torch.distributed.destroy_process_group()
+    return 1
+
+
+def _resumes_from(args: argparse.Namespace) -> str:
+    for folder in (args.save, args.load):
+        iteration = checkpoints.latest_iteration(folder)
+        if iteration is not None:
+            return f"the same command resumes from iteration {iteration} in {folder}, on the same data"
+    return "there is no checkpoint: the same command starts from the beginning"
 
 
 def _announce(reporter: Reporter, run: Run) -> None:

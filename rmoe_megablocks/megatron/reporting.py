@@ -151,6 +151,13 @@ class Reporter:
         if self._writes:
             tqdm.write(text, file=sys.__stderr__)
 
+    def stop(self, iteration: int, cause: str) -> None:
+        """Ends the progress bar and metrics.jsonl with an iteration that could not be finished."""
+        self.close()
+        if self._writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"iteration": iteration, "stopped": cause}) + "\n")
+
     def close(self) -> None:
         """Ends the progress bar."""
         if self._bar is not None:

@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoints
+from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoints, nonfinite, resharding, upcycling
 from rmoe_megablocks.megatron.install import routing_config
 from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
@@ -59,11 +59,14 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     arguments.check_router_arguments(args)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder)
+    notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
     dataset, metadata = _choose_data(args)
     checkpoints.check_router_matches(args)
     arguments.validate(args)
-    notes += choose_optimizer_checkpoint(args) + checkpoint_note
+    resharding.check_optimizer_layout(args)
+    nonfinite.choose(args)
+    notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note)
     del args.explicit
     return Run(args, folder, dataset, metadata, notes, _as_config(argv))
 

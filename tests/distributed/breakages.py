@@ -3,10 +3,13 @@
 import contextlib
 from unittest import mock
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import random
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
 
-from rmoe_megablocks.megatron import install, layer, stage_boundary
+from rmoe_megablocks.megatron import batches, install, layer, resharding, stage_boundary
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.megatron.shared import SharedRecurrence
@@ -81,6 +84,29 @@ def _reduce_as_dense(experts) -> None:
         parameter.allreduce = True
 
 
+def _at_iteration(iteration: int, layer_number: int, change):
+    """Calls ``change(layer)`` in the forward step of an iteration, on the stage that has the layer."""
+    forward_step, done = batches.forward_step, []
+
+    def planted(data_iterator, model):
+        if get_args().curr_iteration == iteration - 1 and not done:
+            for layer in unwrap_model(model).decoder.layers:
+                if layer.layer_number == layer_number:
+                    done.append(change(layer))
+        return forward_step(data_iterator, model)
+
+    return mock.patch.object(batches, "forward_step", planted)
+
+
+@torch.no_grad()
+def _spoil_weight(layer) -> None:
+    layer.self_attention.linear_qkv.weight[0, 0] = torch.nan
+
+
+def _spoil_gradient(layer) -> None:
+    layer.self_attention.linear_qkv.weight.register_hook(lambda gradient: gradient + torch.inf)
+
+
 def _keys_gradient_not_summed():
     from rmoe_megablocks.compat.megatron_cpu.context_parallel import ContextParallelAttention  # CPU mode alone
 
@@ -103,6 +129,9 @@ _BREAKAGES = {
     "experts' gradients divided twice": lambda: _changed_experts(_scale_gradients),
     "experts reduced as dense weights": lambda: _changed_experts(_reduce_as_dense),
     "keys' gradient not summed": _keys_gradient_not_summed,
+    "weight": lambda: _at_iteration(3, 2, _spoil_weight),
+    "gradient": lambda: _at_iteration(3, 3, _spoil_gradient),
+    "no check of the optimizer's layout": lambda: mock.patch.object(resharding, "check_optimizer_layout"),
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 

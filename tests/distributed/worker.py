@@ -1,7 +1,8 @@
 """Runs training cases one after another in one process group: ``torchrun -m tests.distributed.worker CASES.json OUT``.
 
-A case is {"name", "argv", "collect": [...], "break": "..."}. Every rank writes OUT/NAME.RANK.pt with its losses and
-gradient norms by iteration and whatever ``collect`` asks for.
+A case is {"name", "argv", "collect": [...], "break": "...", "may_fail": whether the next case runs although this one
+raised on all ranks}. Every rank writes OUT/NAME.RANK.pt with its losses and gradient norms by iteration and whatever
+``collect`` asks for.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import argument_utils, get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import evaluation
 from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
@@ -131,8 +133,12 @@ def main(cases_file: str, out: str) -> None:
         try:
             with contextlib.redirect_stdout(log):
                 result = run_case(case)
-        except BaseException:  # reported by the test that reads the result
+        except UsageError as error:  # on all ranks alike
+            result = {"refused": str(error)}
+        except BaseException as error:  # reported by the test that reads the result
             result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
+            if case.get("may_fail"):
+                result = {"failed": repr(error)}
         if rank == 0:
             print(f"{time.perf_counter() - started:6.2f} s  {case['name']}", flush=True)
         torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
