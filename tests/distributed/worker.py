@@ -63,7 +63,7 @@ class Recorder:
         if "attention" in self.collect:
             self.result["attention"] = attention.deviations(config)
         if "health" in self.collect:
-            self.health = RoutingHealth(config.num_layers, 0, config.num_moe_experts)
+            self.health = RoutingHealth(config.num_layers, config.mtp_num_layers or 0, config.num_moe_experts)
             self.health.watch(chunks)
             self.health.measuring = True
         if "states" in self.collect:
