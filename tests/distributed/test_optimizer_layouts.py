@@ -8,7 +8,8 @@ import torch
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, checkpoints, resharding
-from tests.distributed.test_layouts import BASE, PP2, torchrun
+from tests.distributed.arguments import BASE, PP2
+from tests.distributed.lab import torchrun
 
 LAYOUTS = {
     "DP2": [],
@@ -88,8 +89,7 @@ def parsed(run: str, *more: str) -> argparse.Namespace:
 @pytest.fixture
 def saved_by(monkeypatch):
     def set_saved(run: str) -> None:
-        monkeypatch.setattr(checkpoints, "latest_iteration", lambda folder: 5)
-        monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder: parsed(run))
+        monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder, step: parsed(run))
 
     return set_saved
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rmoe_megablocks.megatron import preflight
-from tests.distributed.test_layouts import BASE, DISTRIBUTED_OPTIMIZER, PP2, REPOSITORY
+from tests.distributed.arguments import BASE, DISTRIBUTED_OPTIMIZER, PP2
+from tests.distributed.lab import REPOSITORY
 
 TORCHRUN = [sys.executable, "-m", "rmoe_megablocks.launcher.agent", "--standalone", "--local-addr", "127.0.0.1"]
 MODEL = [*BASE, "--train-iters", "5", "--log-interval", "1"]

@@ -9,7 +9,8 @@ import torch
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import preflight
 from rmoe_megablocks.megatron.upcycling import is_routing
-from tests.distributed.test_layouts import BASE, LINEAR, PP2, torchrun
+from tests.distributed.arguments import BASE, LINEAR, PP2
+from tests.distributed.lab import torchrun
 
 EP2 = "--expert-model-parallel-size 2".split()
 LAYOUTS = {"PP2": PP2, "EP2": EP2, "DP2 bf16": ["--bf16", "--use-distributed-optimizer"]}
