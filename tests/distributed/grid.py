@@ -134,8 +134,8 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "multi-token prediction, full recompute": ("multi-token prediction", FULL_RECOMPUTE, ("PP2",)),
     "multi-token prediction behind the last layer's stage": (
         "multi-token prediction",
-        ["--pipeline-model-parallel-layout", "Ett|tt|m*2L"],
-        ("PP3",),
+        ["--pipeline-model-parallel-layout", "E|tt|tt|m*2L"],
+        ("PP4",),
     ),
     "tied embeddings, grouped queries": ("tied embeddings, grouped queries", [], ("PP2", "TP2 SP CP2")),
     "--calculate-per-token-loss": ("base", ["--calculate-per-token-loss"], ("PP2 EP2",)),
@@ -194,4 +194,3 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "--moe-router-rnn-bias": ("biases", [], ("TP2 SP",)),
 }
 SHAPES["biases"] = ["--moe-router-rnn-bias"]
-LAYOUTS["PP3"] = Layout("PP3", 3, "--pipeline-model-parallel-size 3".split(), shape="")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -18,33 +19,42 @@ REPOSITORY = Path(__file__).parents[2]
 START = "start of "
 
 
-def torchrun(processes: int, log: Path, *words: str, timeout: int = 600) -> None:
-    """Runs a module under torchrun; everything it started ends with it, and its output is in ``log``."""
-    with _started(processes, log, *words) as process:
-        code = process.wait(timeout=timeout)
-    assert code == 0, log.read_text()[-6000:]
+def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict[str, list[dict]]:
+    """Runs rounds of groups (processes, described cases), the groups of a round side by side.
+
+    Returns the result of every rank by the case's name, see worker.py. The files lie in ``folder``.
+    """
+    results, number = {}, itertools.count(len(list(folder.glob("cases*.json"))))
+    for groups in rounds:
+        with contextlib.ExitStack() as stack:
+            running = [(stack.enter_context(_ranks(folder, next(number), *group))) for group in groups]
+            for process, log in running:
+                code = process.wait(timeout=900)
+                assert code == 0, log.read_text()[-6000:]
+        for processes, cases in groups:
+            for case in cases:
+                files = (folder / f"{case['name']}.{rank}.pt" for rank in range(processes))
+                results[case["name"]] = [torch.load(file, weights_only=False) for file in files]
+    return results
 
 
 @contextlib.contextmanager
-def _started(processes: int, log: Path, *words: str):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron wants it with tensor and context parallelism
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+def _ranks(folder: Path, number: int, processes: int, cases: list[dict]):
+    """torchrun of one group; everything it started ends with the context, and its output is in the log."""
+    file, log = folder / f"cases{number}.json", folder / f"log{number}"
+    file.write_text(json.dumps(cases))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--nproc-per-node", str(processes), *words],
-            env=environment,
+            [*torchrun, f"--nproc-per-node={processes}", "-m", "tests.distributed.worker", str(file), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            yield process
+            yield process, log
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -59,15 +69,17 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[str, list[dict]] = {}
-        self._batches = 0
 
     def run(self, cases: Iterable[Case]) -> None:
         """Runs those that have not run, the starts of their shapes first."""
         todo = [case for case in cases if case.name not in self.results]
         shapes = dict.fromkeys(case.shape for case in todo if case.from_start)
         starts = [self._start(shape) for shape in shapes]
-        self._run_all([start for start in starts if start.name not in self.results])
-        self._run_all(todo)
+        rounds = self._rounds([start for start in starts if start.name not in self.results]) + self._rounds(todo)
+        results = run_groups(self.folder, rounds)
+        self.results |= {
+            case.name: results[file_name(case.name)] for case in [*starts, *todo] if file_name(case.name) in results
+        }
 
     def deviation(self, name: str, reference: str, first: int = 0) -> float:
         """Largest relative difference of losses and gradient norms, from iteration ``first`` of the reference on."""
@@ -83,33 +95,18 @@ class Lab:
         argv = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(self.folder / (START + shape))]
         return Case(START + shape, 1, shape, tuple(argv), from_start=False)
 
-    def _run_all(self, cases: list[Case]) -> None:
+    def _rounds(self, cases: list[Case]) -> list[list[tuple[int, list[dict]]]]:
+        rounds = []
         for processes in sorted({case.processes for case in cases}):
-            group = [case for case in cases if case.processes == processes]
+            group = [self._described(case) for case in cases if case.processes == processes]
             # runs of one process leave a processor idle: two groups of them side by side
             halves = [group[::2], group[1::2]] if processes == 1 else [group]
-            self._run_groups(processes, [half for half in halves if half])
-
-    def _run_groups(self, processes: int, groups: list[list[Case]]) -> None:
-        with contextlib.ExitStack() as stack:
-            running = []
-            for group in groups:
-                self._batches += 1
-                file = self.folder / f"cases{self._batches}.json"
-                file.write_text(json.dumps([self._described(case) for case in group]))
-                log = self.folder / f"log{self._batches}"
-                words = ("-m", "tests.distributed.worker", str(file), str(self.folder))
-                running.append((stack.enter_context(_started(processes, log, *words)), log))
-            for process, log in running:
-                code = process.wait(timeout=900)
-                assert code == 0, log.read_text()[-6000:]
-        for case in (case for group in groups for case in group):
-            files = [self.folder / f"{file_name(case.name)}.{rank}.pt" for rank in range(processes)]
-            self.results[case.name] = [torch.load(file, weights_only=False) for file in files]
+            rounds.append([(processes, half) for half in halves if half])
+        return rounds
 
     def _described(self, case: Case) -> dict:
         argv = [word.replace("{folder}", str(self.folder)) for word in (*model(case.shape), *case.argv)]
-        argv += ["--runs-dir", str(self.folder / "runs")]
+        argv += ["--runs-dir", str(self.folder / "runs"), "--data-cache-path", str(self.folder / "data_cache")]
         argv += ["--run-name", file_name(case.name)]
         if "--save" not in argv and "--no-checkpoints" not in argv:
             argv.append("--no-checkpoints")

@@ -1,15 +1,13 @@
 """A restart in another layout: what is refused would fail in Megatron, what is allowed goes on as if undisturbed."""
 
 import argparse
-import json
 
 import pytest
-import torch
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, checkpoints, resharding
 from tests.distributed.arguments import BASE, PP2
-from tests.distributed.lab import torchrun
+from tests.distributed.lab import run_groups
 
 LAYOUTS = {
     "DP2": [],
@@ -73,10 +71,7 @@ def results(tmp_path_factory):
         }
         for name, (argv, fault) in cases.items()
     ]
-    file = folder / "cases.json"
-    file.write_text(json.dumps(entries))
-    torchrun(2, folder / "log", "-m", "tests.distributed.worker", str(file), str(folder))
-    return {name: torch.load(folder / f"{name}.0.pt", weights_only=False) for name in cases}
+    return {name: ranks[0] for name, ranks in run_groups(folder, [[(2, entries)]]).items()}
 
 
 def parsed(run: str, *more: str) -> argparse.Namespace:

@@ -4,14 +4,12 @@ The mechanism of tests/distributed: all cases of one world size in one process g
 iteration, from one checkpoint that one process with Megatron's experts wrote.
 """
 
-import json
-
 import pytest
 import torch
 
 from rmoe_megablocks.megatron.megablocks_weights import to_megatron
 from tests.distributed.arguments import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
-from tests.distributed.lab import torchrun
+from tests.distributed.lab import run_groups
 
 ITERATIONS = 10
 TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]
@@ -111,29 +109,17 @@ def loads(name: str, argv: list[str], start: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def environment():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron wants it with tensor parallelism
-        yield
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, environment):
+def results(tmp_path_factory):
     """{case name: [one result a rank]}."""
     folder = tmp_path_factory.mktemp("backends")
-    results = {}
+    rounds = []
     for processes in (2, 1, 4):
-        todo = cases(processes)
+        rounds.append([(processes, todo := cases(processes))])
         for c in todo:
             words = [word.replace("{folder}", str(folder)) for word in c["argv"]]
             c["argv"] = [*words, "--runs-dir", str(folder / "runs"), "--run-name", c["name"]]
-        file = folder / f"cases{processes}.json"
-        file.write_text(json.dumps(todo))
-        torchrun(processes, folder / f"log{processes}", "-m", "tests.distributed.worker", str(file), str(folder))
-        for c in todo:
-            ranks = (torch.load(folder / f"{c['name']}.{rank}.pt", weights_only=False) for rank in range(processes))
-            results[c["name"]] = list(ranks)
-    return results
+            c["argv"] += ["--data-cache-path", str(folder / "data_cache")]
+    return run_groups(folder, rounds)
 
 
 def deviation(results, one: str, other: str, first: int = 1) -> float:
