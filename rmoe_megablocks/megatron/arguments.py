@@ -196,9 +196,9 @@ def check_router_arguments(args: argparse.Namespace) -> None:
             option = "--moe-router-type " + args.moe_router_type if recurrent else options[0]
             raise UsageError(f"{option}: the model has no experts to route to; set --num-experts")
         return
-    _check_installed(args)
     if not recurrent:
         return
+    check_available(args)
     for refused, option, instead in _refusals(args):
         if refused:
             raise UsageError(f"--moe-router-type {args.moe_router_type} does not work with {option}: {instead}")
@@ -229,8 +229,8 @@ def _check_context_parallel(args: argparse.Namespace) -> None:
         )
 
 
-def _check_installed(args: argparse.Namespace) -> None:
-    """Refuses what Megatron would stop at while it builds the model, or in the first forward pass."""
+def check_available(args: argparse.Namespace) -> None:
+    """Refuses what Megatron would stop at while it builds a model with experts, or in its first forward pass."""
     engine = _installed("transformer_engine") and args.transformer_impl != "local"
     leave_out, recompute = "leave it out", "use --recompute-granularity"
     modules = args.recompute_modules or []
@@ -243,7 +243,8 @@ def _check_installed(args: argparse.Namespace) -> None:
             "add --sequence-parallel",
         ),
         (
-            args.moe_token_dispatcher_type == "flex" and (megatron_cpu.active() or not _installed("deep_ep")),
+            args.moe_token_dispatcher_type == "flex"
+            and (megatron_cpu.active() or (args.moe_flex_dispatcher_backend != "ncclep" and not _installed("deep_ep"))),
             "--moe-token-dispatcher-type flex without DeepEP and a GPU",
             "use alltoall",
         ),
@@ -256,7 +257,7 @@ def _check_installed(args: argparse.Namespace) -> None:
         (
             args.moe_latent_size is not None and not engine,
             "--moe-latent-size without Transformer Engine",
-            "leave it out",
+            leave_out,
         ),
         (
             "layernorm" in modules and not (_installed("transformer_engine") or megatron_cpu.active()),
@@ -272,7 +273,7 @@ def _check_installed(args: argparse.Namespace) -> None:
         (
             args.multi_latent_attention and args.transformer_impl == "local",
             "--multi-latent-attention without Transformer Engine",
-            "leave it out",
+            leave_out,
         ),
     ):
         if refused:

@@ -57,6 +57,8 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
         args.world_size = world_size
     check_world_size(args)
     arguments.check_router_arguments(args)
+    if args.num_experts:
+        arguments.check_available(args)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder)
     notes += upcycling.choose(args)

@@ -14,9 +14,9 @@ INTRODUCTION = """\
 
 Every cell that says "works" is a training run of ten iterations whose loss and gradient norm are compared, iteration by
 iteration, with the same model in one process without recompute: within 5e-6 relative in fp32, 1e-2 in bf16 (where every
-token takes all experts: rounding moves a token near a tie to another expert, a step that no tolerance covers). The
-tests in `tests/distributed` run them, on gloo; nothing here has been run on GPUs. This page is written by
-`python -m tests.distributed.table`, and a test holds it against the cases.
+token takes all experts: rounding moves a token near a tie to another expert, a step that no tolerance covers). An empty
+cell has not been run. The tests in `tests/distributed` do this on gloo; nothing here has been run on GPUs. This page is
+written by `python -m tests.distributed.table`, and a test holds it against the cases.
 
 TP: tensor parallel, SP: sequence parallel, EP: expert parallel, ETP: experts split over tensor ranks, CP: context
 parallel, DP: data parallel, PP: pipeline stages, VPP: virtual stages on each. Layout strings are those of

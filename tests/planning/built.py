@@ -23,11 +23,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from rmoe_megablocks.launcher.config import REPOSITORY, load_config, merge, to_argv
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-NO_DATA = ["--dataset=null", "--tokenizer-model=null", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+NO_DATA = [
+    "--pretrained-checkpoint=null",
+    "--dataset=null",
+    "--tokenizer-model=null",
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+]
 
 
 def arguments(path: Path, typed: list[str] = (), runs_dir: Path | None = None) -> tuple[list[str], int]:
-    """Megatron's command line of a configuration without its data, and its number of ranks."""
+    """Megatron's command line of a configuration without its data and checkpoint, and its number of ranks."""
     config = load_config(path)
     no_data = NO_DATA if "--dataset" in config.arguments else []
     argv = merge(to_argv(config.arguments), [*no_data, *typed], lambda option: False)
