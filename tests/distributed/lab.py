@@ -17,6 +17,8 @@ from tests.distributed.cases import Case, model
 
 REPOSITORY = Path(__file__).parents[2]
 START = "start of "
+# Cases of one torchrun. Each leaves its process groups behind, whose threads take the processors from those after it.
+AT_ONCE = 16
 
 
 def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict[str, list[dict]]:
@@ -99,9 +101,10 @@ class Lab:
         rounds = []
         for processes in sorted({case.processes for case in cases}):
             group = [self._described(case) for case in cases if case.processes == processes]
-            # runs of one process leave a processor idle: two groups of them side by side
-            halves = [group[::2], group[1::2]] if processes == 1 else [group]
-            rounds.append([(processes, half) for half in halves if half])
+            if processes == 1:  # leaves a processor idle: two groups side by side
+                rounds.append([(1, half) for half in (group[::2], group[1::2]) if half])
+            else:
+                rounds += [[(processes, part)] for part in itertools.batched(group, AT_ONCE)]
         return rounds
 
     def _described(self, case: Case) -> dict:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed import distributed_c10d
 
 from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
 from megatron.core import mpu
@@ -123,15 +122,6 @@ def _parse_docstrings_once() -> None:
     factory._get_field_docstrings = lambda self, source: dict(parsed(source))
 
 
-def _destroy_subgroups() -> None:
-    """Every case makes its process groups anew: the threads of dozens of them, case after case, take the processors."""
-    torch.distributed.barrier()
-    default = distributed_c10d._get_default_group()
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not default:
-            torch.distributed.destroy_process_group(group)
-
-
 def main(cases_file: str, out: str) -> None:
     """Runs the cases of a file as the rank that the environment names."""
     _parse_docstrings_once()
@@ -159,7 +149,6 @@ def main(cases_file: str, out: str) -> None:
             os._exit(1)  # the other ranks may wait for this one
         destroy_moe_metrics_tracker()
         training.destroy_global_state()
-        _destroy_subgroups()
         gc.collect()
     torch.distributed.destroy_process_group()
 
