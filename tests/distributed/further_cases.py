@@ -10,7 +10,6 @@ _NOISE = {
     "dropout": _DROPOUT,
     "input jitter": "--moe-input-jitter-eps 0.1".split(),
     "force load balancing": ["--moe-router-force-load-balancing"],
-    "force biased": ["--moe-router-force-biased", "1.0"],
 }
 _ALL_SELECTIVE = selective("layernorm", "moe", "core_attn")
 _RECOMPUTED_NOISE = (
@@ -18,13 +17,9 @@ _RECOMPUTED_NOISE = (
     ("dropout", "", "--recompute-granularity full --recompute-method block --recompute-num-layers 3".split()),
     ("dropout", "", _ALL_SELECTIVE),
     ("dropout", "TP2 SP", FULL_RECOMPUTE),
-    ("dropout", "TP2 SP", _ALL_SELECTIVE),
     ("dropout", "PP2 VPP2", FULL_RECOMPUTE),
     ("input jitter", "", FULL_RECOMPUTE),
-    ("input jitter", "", MOE_RECOMPUTE),
-    ("force load balancing", "", FULL_RECOMPUTE),
     ("force load balancing", "", MOE_RECOMPUTE),
-    ("force biased", "", FULL_RECOMPUTE),
 )
 
 
@@ -100,17 +95,15 @@ _ASYNC = ("--async-save",)
 # From one layout to another: (saved in, its further arguments), (resumed in, its further arguments)
 ROUTES: tuple[tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]]], ...] = (
     (("1 process", ()), ("PP2 VPP2", ())),
-    (("1 process", ()), ("TP2 SP", ())),
     (("PP2", _ASYNC), ("PP4", ())),
     (("PP2", ("--no-ckpt-fully-parallel-save",)), ("PP2, 1 and 3 layers", ())),
     (("PP2 VPP2", ()), ("TP2 SP", ())),
     (("TP2 SP", ()), ("PP2", ())),
-    (("TP2 SP", ()), ("TP2 SP CP2", ())),
     (("CP2", ()), ("DP2", ())),
     (("PP4", ()), ("1 process", ())),
     (("DP2", ("--use-distributed-optimizer",)), ("1 process", ("--use-distributed-optimizer",))),
     (("DP2", (*_RESHARDABLE, *_ASYNC)), ("PP2 VPP2", _RESHARDABLE)),
-    (("TP2 SP", _RESHARDABLE), ("PP2 CP2", _RESHARDABLE)),
+    (("TP2 SP", _RESHARDABLE), ("CP2", _RESHARDABLE)),
     (("EP2 alltoall", _RESHARDABLE), ("PP2 EP2", _RESHARDABLE)),
     (("EP2 alltoall", ()), ("TP2 SP EP2", ())),
 )
