@@ -6,9 +6,10 @@ docs/layouts.md are made from this file (:mod:`.table`), so each of their cells 
 """
 
 import dataclasses
+import os
 
 from tests.distributed.arguments import BASE
-from tests.distributed.grid import GRADIENTS, LAYOUTS, LEFT_OUT, MODES, OPTIONS, SHAPES, modes_of
+from tests.distributed.grid import ALWAYS, GRADIENTS, LAYOUTS, LEFT_OUT, MODES, NOT_ALWAYS, OPTIONS, SHAPES, modes_of
 
 # What a reference in one process is not given: it is the plain way of what these do
 _PLAIN = ("--recompute", "--use-distributed-optimizer", "--overlap", "--moe-shared-expert-overlap", "--pipeline")
@@ -83,6 +84,18 @@ def _reference(shape: str, argv: list[str]) -> str:
 def compared() -> list[Case]:
     """The cases of both tables."""
     return [*_layout_cases(), *_option_cases()]
+
+
+def selected() -> list[Case]:
+    """The cells of every test run; with RMOE_TEST_ALL_CELLS=1 all of them."""
+    if os.environ.get("RMOE_TEST_ALL_CELLS") == "1":
+        return compared()
+    return [case for case in compared() if is_always_run(case)]
+
+
+def is_always_run(case: Case) -> bool:
+    """Whether a cell belongs to every test run: few need more than two processes, which take their time."""
+    return case.name in ALWAYS if case.processes > 2 else case.name not in NOT_ALWAYS
 
 
 def references(cases: list[Case]) -> list[Case]:

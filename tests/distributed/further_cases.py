@@ -1,7 +1,7 @@
 """Cases beside the two tables: random numbers, planted faults, what is looked into, and ways to another layout."""
 
 from tests.distributed.arguments import BF16, FULL_RECOMPUTE, INTERLEAVED, LINEAR, MOE_RECOMPUTE, PP2, selective
-from tests.distributed.cases import Case, compared, references
+from tests.distributed.cases import Case, references, selected
 from tests.distributed.grid import LAYOUTS, Layout
 
 # Dropout and noise draw other numbers in another layout: recompute is held against none in the same one, bit by bit.
@@ -141,7 +141,7 @@ def second_halves() -> list[Case]:
 
 def everything() -> list[Case]:
     """All cases, those first whose checkpoints others load."""
-    cases = compared()
+    cases = selected()
     return [
         *references(cases),
         *cases,

@@ -99,6 +99,26 @@ _IN_BF16 = (
 )
 
 
+# Cells of more than two processes that every test run has, and cells of two that only RMOE_TEST_ALL_CELLS=1 has
+ALWAYS = {
+    "PP4, layout E|tt|tt|L @ fp32",
+    "PP4 VPP2 @ fp32",
+    "PP2 VPP2 EP2 @ fp32",
+    "PP2 VPP2 EP2 @ fp32, full recompute",
+    "TP2 SP EP2 ETP2 @ fp32",
+    "PP2 VPP2 DP2 distributed optimizer, overlaps @ fp32",
+}
+NOT_ALWAYS = {
+    "CP2 EP2 @ fp32",
+    "PP2 VPP2 @ fp32, full recompute",
+    "TP2 SP @ bf16, fp32 routing",
+    "PP2 @ multi-token prediction, full recompute",
+    "PP2 @ dense layers, recompute mlp",
+    "EP2 alltoall @ shared experts, recompute shared_experts",
+    "CP2 @ tied embeddings, grouped queries",
+    "PP2 @ score function sqrtsoftplus",
+    "PP2 @ --moe-router-dtype fp64",
+}
 # Whose routing gradients are compared element by element
 GRADIENTS = ("TP2 SP", "CP2", "EP2 alltoall", "PP2 VPP2 EP2")
 

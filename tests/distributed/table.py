@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.distributed.cases import compared
+from tests.distributed.cases import compared, is_always_run
 from tests.distributed.further_cases import ROUTES, recomputed_noise
 from tests.distributed.grid import LAYOUTS, MODES, modes_of
 from tests.distributed.refused import REFUSED
@@ -15,8 +15,14 @@ INTRODUCTION = """\
 Every cell that says "works" is a training run of ten iterations whose loss and gradient norm are compared, iteration by
 iteration, with the same model in one process without recompute: within 5e-6 relative in fp32, 1e-2 in bf16 (where every
 token takes all experts: rounding moves a token near a tie to another expert, a step that no tolerance covers). An empty
-cell has not been run. The tests in `tests/distributed` do this on gloo; nothing here has been run on GPUs. This page is
-written by `python -m tests.distributed.table`, and a test holds it against the cases.
+cell has not been run. `bash tests/run.sh` runs the cells without ¹, on gloo; those with ¹ take longer:
+
+```bash
+RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed
+```
+
+Nothing here has been run on GPUs. This page is written by `python -m tests.distributed.table`, and a test holds it
+against the cases.
 
 TP: tensor parallel, SP: sequence parallel, EP: expert parallel, ETP: experts split over tensor ranks, CP: context
 parallel, DP: data parallel, PP: pipeline stages, VPP: virtual stages on each. Layout strings are those of
@@ -75,9 +81,14 @@ def _layout_rows() -> list[tuple[str, ...]]:
     rows = []
     for layout in LAYOUTS.values():
         if layout.shape:
-            cells = ("works" if mode in modes_of(layout.name) else "" for mode in MODES)
+            cells = (_works(f"{layout.name} @ {mode}") if mode in modes_of(layout.name) else "" for mode in MODES)
             rows.append((layout.name, str(layout.processes), *cells))
     return rows
+
+
+def _works(name: str) -> str:
+    case = next(case for case in compared() if case.name == name)
+    return "works" if is_always_run(case) else "works ¹"
 
 
 def _option_rows() -> list[tuple[str, ...]]:
@@ -85,7 +96,7 @@ def _option_rows() -> list[tuple[str, ...]]:
     for case in compared():
         layout, _, option = case.name.partition(" @ ")
         if option not in MODES:
-            layouts.setdefault(option, []).append(layout)
+            layouts.setdefault(option, []).append(layout if is_always_run(case) else f"{layout} ¹")
     return [(option, ", ".join(names)) for option, names in layouts.items()]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed import cases, further_cases, grid
 
-COMPARED = {case.name: case for case in cases.compared()}
+COMPARED = {case.name: case for case in cases.selected()}
 # every layer's projector and router, and the four of the GRU
 ROUTING = ("rnn_router.", "routing_layer.projector", "routing_layer.router")
 

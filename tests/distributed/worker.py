@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed import distributed_c10d
 
 from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
 from megatron.core import mpu
@@ -89,14 +88,6 @@ class Recorder:
             self.result["gradients"] = {n: p.main_grad.detach().clone() for n, p in global_parameters(self.chunks)}
 
     def finish(self):
-        """The results. The model is let go: only then do the threads of its process groups end."""
-        self._read_out()
-        for chunk in self.chunks:
-            _break_circles(chunk)
-        self.chunks = []
-        return self.result
-
-    def _read_out(self):
         if "health" in self.collect:
             self.result["health"] = self.health.report()
         if "evaluation" in self.collect:  # of a text that leaves part of the last window and of the last batch empty
@@ -104,21 +95,7 @@ class Recorder:
             self.result["evaluation"] = evaluation._mean_loss(self.chunks, text)
         if "weights" in self.collect:
             self.result["weights"] = {n: p.detach().clone() for n, p in global_parameters(self.chunks)}
-
-
-def _break_circles(chunk) -> None:
-    """Takes apart what no collector can, as it leads through autograd: hooks that hold the model that holds them, and
-    dispatchers that keep the last micro-batch's tensors."""
-    getattr(chunk, "grad_accs", []).clear()
-    for module in chunk.modules():
-        for owner in (module, getattr(module, "token_dispatcher", None)):
-            for name, value in list(vars(owner).items()) if owner is not None else ():
-                if torch.is_tensor(value) and value.grad_fn is not None:
-                    setattr(owner, name, None)
-
-
-def _nothing(**kwargs) -> None:
-    """In the place of a recorder that is done."""
+        return self.result
 
 
 def run_case(case: dict) -> dict:
@@ -130,8 +107,6 @@ def run_case(case: dict) -> dict:
             pretrain.run_megatron(args, on_model=recorder.on_model)
         except SystemExit as exit:
             recorder.result["exit"] = exit.code
-        finally:
-            megatron_hooks.observe_training_log(_nothing)
         return recorder.finish() | {"pipeline_rank": mpu.get_pipeline_model_parallel_rank(), "traffic": counts}
 
 
@@ -145,16 +120,6 @@ def _parse_docstrings_once() -> None:
         return parse(object.__new__(factory), source)
 
     factory._get_field_docstrings = lambda self, source: dict(parsed(source))
-
-
-def _destroy_subgroups() -> None:
-    """Every case makes its process groups anew: the threads of dozens of them, case after case, take the processors."""
-    torch.distributed.barrier()
-    mpu.destroy_model_parallel()
-    default = distributed_c10d._get_default_group()
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not default:
-            torch.distributed.destroy_process_group(group)
 
 
 def main(cases_file: str, out: str) -> None:
@@ -184,7 +149,6 @@ def main(cases_file: str, out: str) -> None:
             os._exit(1)  # the other ranks may wait for this one
         destroy_moe_metrics_tracker()
         training.destroy_global_state()
-        _destroy_subgroups()
         gc.collect()
     torch.distributed.destroy_process_group()
 
