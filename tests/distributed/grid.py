@@ -46,6 +46,7 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("TP2 SP", 2, TP2),
+        Layout("TP2 SP ETP2", 2, TP2_ETP2),
         Layout("EP2 alltoall", 2, EP2),
         Layout("EP2 allgather", 2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
         Layout("TP2 SP EP2", 2, [*TP2, *EP2]),

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tests.distributed.cases import Case, model
 REPOSITORY = Path(__file__).parents[2]
 START = "start of "
 # Cases of one torchrun. Each leaves its process groups behind, whose threads take the processors from those after it.
-AT_ONCE = 16
+AT_ONCE = 10
 
 
 def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict[str, list[dict]]:
@@ -28,16 +29,33 @@ def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict
     """
     results, number = {}, itertools.count(len(list(folder.glob("cases*.json"))))
     for groups in rounds:
-        with contextlib.ExitStack() as stack:
-            running = [(stack.enter_context(_ranks(folder, next(number), *group))) for group in groups]
-            for process, log in running:
-                code = process.wait(timeout=900)
-                assert code == 0, log.read_text()[-6000:]
+        _run_side_by_side(folder, groups, number)
         for processes, cases in groups:
             for case in cases:
                 files = (folder / f"{case['name']}.{rank}.pt" for rank in range(processes))
                 results[case["name"]] = [torch.load(file, weights_only=False) for file in files]
     return results
+
+
+def _run_side_by_side(folder: Path, groups: list[tuple[int, list[dict]]], number: Iterator[int]) -> None:
+    """Runs the groups, and once more what gloo broke: now and then, over hundreds of process groups in a process, a
+    collective on it stops or returns what another rank did not send. A repetition is told in pytest's summary."""
+    for last in (False, False, True):
+        failures = []
+        with contextlib.ExitStack() as stack:
+            running = [(*stack.enter_context(_ranks(folder, next(number), *group)), group) for group in groups]
+            for process, log, group in running:
+                try:
+                    code = process.wait(timeout=300)
+                except subprocess.TimeoutExpired:
+                    code = "no end after 300 s"
+                if code != 0:
+                    failures.append((group, f"{code}: {log.read_text()[-6000:]}"))
+        assert not (last and failures), failures[0][1]
+        if not failures:
+            return
+        groups = [group for group, _ in failures]
+        warnings.warn(f"repeated: {[case['name'] for _, cases in groups for case in cases]}", stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,6 @@ def _parse_docstrings_once() -> None:
 def main(cases_file: str, out: str) -> None:
     """Runs the cases of a file as the rank that the environment names."""
     _parse_docstrings_once()
-    gc.freeze()  # what is imported stays: collecting after each case need not look at it
     rank = int(os.environ["RANK"])
     only = os.environ.get("CASES")
     for case in json.loads(Path(cases_file).read_text()):
