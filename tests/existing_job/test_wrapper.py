@@ -23,7 +23,7 @@ def jobs(tmp_path_factory):
         "wrapped linear": start(folder / "3", SCRIPT, []),
         "stock": start(folder / "4", ["-c", STOCK, str(STOCK_SCRIPT)], []),
         "own model": start(folder / "5", SCRIPT, [*GRU, "--stock-script-builds-the-model"]),
-        "refused": start(folder / "6", SCRIPT, [*GRU, "--mtp-num-layers", "1"]),
+        "refused": start(folder / "6", SCRIPT, [*GRU, "--cuda-graph-impl", "local"]),
     }
     yield started.__getitem__
     for job in started.values():
@@ -60,7 +60,7 @@ def test_a_script_that_builds_its_own_model_is_refused(jobs):
 def test_what_the_router_cannot_do_is_refused_before_anything_starts(jobs):
     code, output = jobs("refused").end()
     assert code == 2
-    assert output.splitlines()[-1].startswith("rmoe: error: --moe-router-type gru does not work with --mtp-num-layers")
+    assert output.splitlines()[-1].startswith("rmoe: error: --moe-router-type gru does not work with --cuda-graph-impl")
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,10 @@ def two_processes() -> list[dict]:
 
 def four_processes() -> list[dict]:
     """Two replicas of two expert-parallel ranks take the checkpoints back."""
+    batch = "--global-batch-size 8".split()  # one micro-batch for each of four data-parallel ranks
     return [
-        loads("EP2 megatron returns", EP2, "EP1 megablocks loads"),
-        loads("EP2 megablocks returns", [*EP2, *MEGABLOCKS], "EP1 megatron loads"),
+        loads("EP2 megatron returns", [*EP2, *batch], "EP1 megablocks loads"),
+        loads("EP2 megablocks returns", [*EP2, *MEGABLOCKS, *batch], "EP1 megatron loads"),
     ]
 
 
