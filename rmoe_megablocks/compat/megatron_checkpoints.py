@@ -1,6 +1,7 @@
 """What the adapter replaces in Megatron's checkpoint code, with the reason. All of it is idempotent."""
 
 import functools
+import inspect
 import multiprocessing
 import os
 import re
@@ -174,18 +175,19 @@ def end_result_servers_with_their_rank() -> None:
     """The process that holds the results of a rank's writers does not outlive the rank either, nor end before it.
 
     A multiprocessing manager whose owner is killed waits for it for ever; SIGTERM, which torchrun sends to both, ends
-    it while the rank still saves. filesystem_async.py:200 looks
-    ``get_write_results_queue`` up when called, which starts one the first time (filesystem_async.py:65).
+    it while the rank still saves. filesystem_async.py:200 looks ``get_write_results_queue`` up when called, which
+    starts one the first time (filesystem_async.py:65).
     """
     original = _original(filesystem_async.get_write_results_queue)
 
     @functools.wraps(original)
-    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+    def get_write_results_queue(*mp_mode: str) -> Any:
         if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            (method,) = mp_mode or inspect.unwrap(original).__defaults__  # spawn; in CPU mode fork
+            manager = SyncManager(ctx=multiprocessing.get_context(method))
             manager.start(serve_parent, (os.getpid(),))
             filesystem_async._results_queue = manager.Queue()
-        return original(mp_mode)
+        return filesystem_async._results_queue
 
     get_write_results_queue.original = original
     filesystem_async.get_write_results_queue = get_write_results_queue

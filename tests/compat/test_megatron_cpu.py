@@ -1,5 +1,6 @@
 """CPU mode: what it answers in the place of CUDA, its random state, its optimizer, and when it refuses."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -276,6 +277,23 @@ def test_checkpoint_writer_gets_copies():
     weight.zero_()
     assert (file_name, key, bytes_data, item) == ("file", "key", [], "item")
     assert staged.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_results_of_checkpoint_writers_are_held_by_a_fork(monkeypatch):
+    """Also behind what a run puts in that function's place; a spawned process imports everything again, for seconds."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from rmoe_megablocks.compat import megatron_checkpoints
+
+    for name in ("_results_queue", "get_write_results_queue"):
+        monkeypatch.setattr(filesystem_async, name, getattr(filesystem_async, name))
+    filesystem_async._results_queue = None
+    megatron_checkpoints.end_result_servers_with_their_rank()
+    others = set(multiprocessing.active_children())
+    queue = filesystem_async.get_write_results_queue()
+    (server,) = set(multiprocessing.active_children()) - others
+    assert isinstance(server, multiprocessing.get_context("fork").Process)
+    assert filesystem_async.get_write_results_queue() is queue
 
 
 # Process groups

@@ -5,6 +5,7 @@ raised on all ranks}. Every rank writes OUT/NAME.RANK.pt with its losses and gra
 ``collect`` asks for.
 """
 
+import collections
 import contextlib
 import functools
 import gc
@@ -122,9 +123,35 @@ def _parse_docstrings_once() -> None:
     factory._get_field_docstrings = lambda self, source: dict(parsed(source))
 
 
+class _ProcessGroups:
+    """Groups of one case serve the next ones: Megatron makes dozens for each, and none of them ever ends by itself.
+
+    The n-th group of the same ranks in a case is the n-th of every case. All ranks ask for the same groups in the
+    same order, so they agree.
+    """
+
+    def __init__(self) -> None:
+        self._groups = {}
+        self._asked = collections.Counter()
+        self._new = torch.distributed.new_group
+        torch.distributed.new_group = self
+
+    def __call__(self, ranks: list[int] | None = None, **options):
+        key = (tuple(ranks or ()), options.get("backend"), options.get("timeout"))
+        self._asked[key] += 1
+        numbered = (*key, self._asked[key])
+        if numbered not in self._groups:
+            self._groups[numbered] = self._new(ranks, **options)
+        return self._groups[numbered]
+
+    def next_case(self) -> None:
+        self._asked.clear()
+
+
 def main(cases_file: str, out: str) -> None:
     """Runs the cases of a file as the rank that the environment names."""
     _parse_docstrings_once()
+    groups = _ProcessGroups()
     rank = int(os.environ["RANK"])
     only = os.environ.get("CASES")
     for case in json.loads(Path(cases_file).read_text()):
@@ -148,6 +175,7 @@ def main(cases_file: str, out: str) -> None:
             os._exit(1)  # the other ranks may wait for this one
         destroy_moe_metrics_tracker()
         training.destroy_global_state()
+        groups.next_case()
         gc.collect()
     torch.distributed.destroy_process_group()
 
