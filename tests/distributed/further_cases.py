@@ -75,7 +75,7 @@ _ONE_STEP_BF16 = (*BF16, "--train-iters", "1", "--clip-grad", "0")
 
 
 def looked_into() -> list[Case]:
-    """Runs that other things than losses are recorded of."""
+    """Runs that something else than losses is looked at in."""
     traffic, states = ("traffic",), ("gradients", "states")
     return [
         Case("states bf16 1 process", 1, "base", _ONE_STEP_BF16, collect=states),
@@ -85,6 +85,7 @@ def looked_into() -> list[Case]:
         Case("traffic PP2 linear", 2, "base", (*PP2, *_TWO, *LINEAR), collect=traffic, from_start=False),
         Case("traffic PP2 VPP2", 2, "base", (*INTERLEAVED, *_TWO), collect=traffic),
         Case("traffic PP2 VPP2 linear", 2, "base", (*INTERLEAVED, *_TWO, *LINEAR), collect=traffic, from_start=False),
+        Case("ranks that chose differently", 2, "base", (*PP2,), fault="another checkpoint on rank 1"),
     ]
 
 

@@ -19,7 +19,7 @@ from tests.distributed.cases import Case, model
 REPOSITORY = Path(__file__).parents[2]
 START = "start of "
 # Cases of one torchrun. Each leaves its process groups behind, whose threads take the processors from those after it.
-AT_ONCE = 10
+AT_ONCE = 1000
 
 
 def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict[str, list[dict]]:

@@ -22,3 +22,8 @@ def test_a_route_continues_the_trajectory(resumed, case):
 def test_first_halves_save_what_they_trained(resumed, case):
     assert resumed.results[case.name][0]["exit"] is None or resumed.results[case.name][0]["exit"] == 0
     assert len(resumed.results[case.name][0]["loss"]) == further_cases.HALF
+
+
+def test_ranks_that_chose_another_checkpoint_stop_together(lab):
+    for rank in lab.results["ranks that chose differently"]:
+        assert "rank 0 would start from iteration 1, rank 1 from 7: the folder must be the same" in rank["refused"]
