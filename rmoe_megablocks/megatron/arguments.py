@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -341,11 +342,10 @@ def _refusals(args: argparse.Namespace):
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Makes ``folder`` and proves that files can be made in it. Raises UsageError otherwise."""
+    """Makes ``folder`` and proves that files can be made in it, on all ranks at once. Raises UsageError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UsageError(f"{option}: cannot write to {folder} ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -102,6 +103,13 @@ def test_run_directory_that_cannot_be_written(tmp_path):
 def test_read_only_run_directory(tmp_path):
     tmp_path.chmod(0o500)
     assert "--runs-dir: cannot write to" in refusal(tmp_path, "--mock-data")
+
+
+def test_many_ranks_prove_at_once_that_a_directory_can_be_written(tmp_path):
+    with ThreadPoolExecutor(8) as ranks:
+        for _ in range(50):
+            list(ranks.map(lambda _: arguments.check_writable(tmp_path / "run", "--runs-dir"), range(8)))
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.fixture(scope="module")
