@@ -7,8 +7,10 @@ import rmoe_megablocks.megatron  # noqa: F401  makes Megatron run without a GPU 
 from rmoe_megablocks.compat import megatron_cpu
 
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # isort: skip  after CPU mode
+from tests.docstrings import parse_docstrings_once  # isort: skip
 
 torch.set_num_threads(1)
+parse_docstrings_once()
 
 
 @pytest.fixture(autouse=True)

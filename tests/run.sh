@@ -30,5 +30,5 @@ step "$RMOE_PYTHON" -m ruff check .
 step "$RMOE_PYTHON" -m ruff format --check .
 step "$(dirname -- "$RMOE_PYTHON")/shellcheck" -x "${scripts[@]}"
 # Two at once: most tests wait for processes they have started.
-step "$RMOE_PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+step "$RMOE_PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 12
 exit "$status"

@@ -42,6 +42,7 @@ class Case:
     reference: str = ""
     collect: tuple[str, ...] = ()
     fault: str | None = None
+    may_fail: bool = False
     from_start: bool = True
 
     def faulty(self, fault: str) -> "Case":

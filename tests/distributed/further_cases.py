@@ -85,7 +85,7 @@ def looked_into() -> list[Case]:
         Case("traffic PP2 linear", 2, "base", (*PP2, *_TWO, *LINEAR), collect=traffic, from_start=False),
         Case("traffic PP2 VPP2", 2, "base", (*INTERLEAVED, *_TWO), collect=traffic),
         Case("traffic PP2 VPP2 linear", 2, "base", (*INTERLEAVED, *_TWO, *LINEAR), collect=traffic, from_start=False),
-        Case("ranks that chose differently", 2, "base", (*PP2,), fault="another checkpoint on rank 1"),
+        Case("ranks that chose differently", 2, "base", (*PP2,), fault="another checkpoint on rank 1", may_fail=True),
     ]
 
 

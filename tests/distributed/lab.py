@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from tests.distributed.cases import Case, model
 
 REPOSITORY = Path(__file__).parents[2]
 START = "start of "
-# Cases of one torchrun. Each leaves its process groups behind, whose threads take the processors from those after it.
-AT_ONCE = 1000
 
 
 def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict[str, list[dict]]:
@@ -38,24 +35,15 @@ def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict
 
 
 def _run_side_by_side(folder: Path, groups: list[tuple[int, list[dict]]], number: Iterator[int]) -> None:
-    """Runs the groups, and once more what gloo broke: now and then, over hundreds of process groups in a process, a
-    collective on it stops or returns what another rank did not send. A repetition is told in pytest's summary."""
-    for last in (False, False, True):
-        failures = []
-        with contextlib.ExitStack() as stack:
-            running = [(*stack.enter_context(_ranks(folder, next(number), *group)), group) for group in groups]
-            for process, log, group in running:
-                try:
-                    code = process.wait(timeout=300)
-                except subprocess.TimeoutExpired:
-                    code = "no end after 300 s"
-                if code != 0:
-                    failures.append((group, f"{code}: {log.read_text()[-6000:]}"))
-        assert not (last and failures), failures[0][1]
-        if not failures:
-            return
-        groups = [group for group, _ in failures]
-        warnings.warn(f"repeated: {[case['name'] for _, cases in groups for case in cases]}", stacklevel=2)
+    with contextlib.ExitStack() as stack:
+        running = [(*stack.enter_context(_ranks(folder, next(number), *group)), len(group[1])) for group in groups]
+        for process, log, cases in running:
+            limit = 120 + 20 * cases
+            try:
+                code = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                code = f"no end after {limit} s"
+            assert code == 0, f"{code}: {log.read_text()[-6000:]}"
 
 
 @contextlib.contextmanager
@@ -122,7 +110,7 @@ class Lab:
             if processes == 1:  # leaves a processor idle: two groups side by side
                 rounds.append([(1, half) for half in (group[::2], group[1::2]) if half])
             else:
-                rounds += [[(processes, part)] for part in itertools.batched(group, AT_ONCE)]
+                rounds.append([(processes, group)])
         return rounds
 
     def _described(self, case: Case) -> dict:

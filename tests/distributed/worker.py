@@ -7,8 +7,6 @@ raised on all ranks}. Every rank writes OUT/NAME.RANK.pt with its losses and gra
 
 import collections
 import contextlib
-import functools
-import gc
 import io
 import json
 import os
@@ -24,7 +22,7 @@ from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: C
 from megatron.core import mpu
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training import argument_utils, get_args, training
+from megatron.training import get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
@@ -33,6 +31,7 @@ from rmoe_megablocks.megatron.health import RoutingHealth
 from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.resolve import resolve
 from tests.distributed import attention, breakages, traffic
+from tests.docstrings import parse_docstrings_once
 
 
 def global_parameters(chunks):
@@ -111,18 +110,6 @@ def run_case(case: dict) -> dict:
         return recorder.finish() | {"pipeline_rank": mpu.get_pipeline_model_parallel_rank(), "traffic": counts}
 
 
-def _parse_docstrings_once() -> None:
-    """Megatron parses the source of its configuration classes for help texts, half a second at each start."""
-    factory = argument_utils.ArgumentGroupFactory
-    parse = factory._get_field_docstrings
-
-    @functools.cache
-    def parsed(source: type) -> dict[str, str]:
-        return parse(object.__new__(factory), source)
-
-    factory._get_field_docstrings = lambda self, source: dict(parsed(source))
-
-
 class _ProcessGroups:
     """Groups of one case serve the next ones: Megatron makes dozens for each, and none of them ever ends by itself.
 
@@ -150,7 +137,7 @@ class _ProcessGroups:
 
 def main(cases_file: str, out: str) -> None:
     """Runs the cases of a file as the rank that the environment names."""
-    _parse_docstrings_once()
+    parse_docstrings_once()
     groups = _ProcessGroups()
     rank = int(os.environ["RANK"])
     only = os.environ.get("CASES")
@@ -161,12 +148,10 @@ def main(cases_file: str, out: str) -> None:
         try:
             with contextlib.redirect_stdout(log):
                 result = run_case(case)
-        except UsageError as error:  # on all ranks alike
-            result = {"refused": str(error)}
         except BaseException as error:  # reported by the test that reads the result
             result = {"error": traceback.format_exc(), "log": log.getvalue()[-4000:]}
             if case.get("may_fail"):
-                result = {"failed": repr(error)}
+                result = {"refused": str(error)} if isinstance(error, UsageError) else {"failed": repr(error)}
         if rank == 0:
             print(f"{time.perf_counter() - started:6.2f} s  {case['name']}", flush=True)
         torch.save(result, Path(out) / f"{case['name']}.{rank}.pt")
@@ -176,7 +161,6 @@ def main(cases_file: str, out: str) -> None:
         destroy_moe_metrics_tracker()
         training.destroy_global_state()
         groups.next_case()
-        gc.collect()
     torch.distributed.destroy_process_group()
 
 
