@@ -31,7 +31,6 @@ INTERLEAVED = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
 TP2_ETP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2".split()
 EP2 = "--expert-model-parallel-size 2".split()
-EP4 = "--expert-model-parallel-size 4".split()
 CP2 = "--context-parallel-size 2".split()
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
