@@ -71,7 +71,7 @@ def install(chunks: list[torch.nn.Module], args: argparse.Namespace) -> None:
     if not args.stop_on_nonfinite:
         return
     config = get_model_config(chunks[0])
-    watch = _RouterWatch(chunks, config.num_layers)
+    watch = _RouterWatch(chunks, config.num_layers, config.mtp_num_layers or 0)
     finalize = config.finalize_model_grads_func or finalize_model_grads
 
     def finalize_and_check(model, *arguments, **kwargs) -> None:
@@ -115,20 +115,25 @@ def _describe_loss() -> str:
 
 
 class _RouterWatch:
-    """Largest router logit and mean state of every layer in the forwards of this iteration, kept on the device."""
+    """Largest router logit and mean state of every layer in the forwards of this iteration, kept on the device.
 
-    def __init__(self, chunks: list[torch.nn.Module], num_layers: int) -> None:
+    Multi-token prediction layers follow the decoder's.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_mtp_layers: int) -> None:
         self.num_layers = num_layers
-        self.largest_logit_L = torch.zeros(num_layers, dtype=torch.float32, device="cuda")
-        self.state_norm_L = torch.zeros(num_layers, dtype=torch.float32, device="cuda")
-        self.tokens_L = [0] * num_layers
+        self.names = [f"layer {n}" for n in range(1, num_layers + 1)]
+        self.names += [f"mtp layer {n}" for n in range(1, num_mtp_layers + 1)]
+        self.largest_logit_L = torch.zeros(len(self.names), dtype=torch.float32, device="cuda")
+        self.state_norm_L = torch.zeros(len(self.names), dtype=torch.float32, device="cuda")
+        self.tokens_L = [0] * len(self.names)
         observe_routers(chunks, self._add)
 
     @torch.no_grad()
     def _add(self, router, logits_TE: Tensor, routing_map_TE: Tensor) -> None:
-        layer = router.layer_number - 1
-        if not router.training or router.is_mtp_layer:  # the latter are numbered on their own
+        if not router.training:
             return
+        layer = router.layer_number - 1 + router.is_mtp_layer * self.num_layers  # those are numbered on their own
         largest = self.largest_logit_L[layer]
         torch.maximum(largest, logits_TE.detach().abs().amax().float(), out=largest)
         if isinstance(router, RecurrentTopKRouter):
@@ -138,7 +143,7 @@ class _RouterWatch:
     def clear(self) -> None:
         self.largest_logit_L.zero_()
         self.state_norm_L.zero_()
-        self.tokens_L = [0] * self.num_layers
+        self.tokens_L = [0] * len(self.names)
 
 
 @dataclasses.dataclass
@@ -147,23 +152,23 @@ class _Table:
 
     Attributes:
         numbers: row -> column -> figure, NaN where one on any rank is.
-        layers: number of layers, which have the rows 1 to ``layers``.
+        names: of the layers, which have the rows 1 to ``len(names)``.
         recurrent: whether there is a state.
     """
 
     numbers: list[dict[str, float]]
-    layers: int
+    names: list[str]
     recurrent: bool
 
     @classmethod
     def of(cls, model: list[torch.nn.Module], watch: _RouterWatch) -> "_Table":
         """Computes the table, a collective call. Gathers the gradients that a distributed optimizer has scattered."""
-        layers = watch.num_layers
+        layers = len(watch.names)
         _gather_gradients(model)
         squares = torch.zeros(
             layers + 3, 5, dtype=torch.float64, device="cuda"
         )  # grad², weight², bad weights, h, tokens
-        for row, parameter, replicas in _parameters(model, layers):
+        for row, parameter, replicas in _parameters(model, watch.num_layers, layers):
             gradient = getattr(parameter, "main_grad", None)
             if gradient is not None:
                 squares[row, 0] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / replicas
@@ -183,18 +188,16 @@ class _Table:
             if 1 <= row <= layers:
                 figures |= {"max |logit|": logits[row - 1]} | ({"mean |h|": state / tokens} if tokens else {})
             numbers.append(figures)
-        return cls(numbers, layers, any("mean |h|" in figures for figures in numbers))
+        return cls(numbers, watch.names, any("mean |h|" in figures for figures in numbers))
 
     def _name(self, row: int) -> str:
-        if 1 <= row <= self.layers:
-            return f"layer {row}"
-        return {0: "embedding", self.layers + 1: "output"}.get(row, "recurrence")
+        return ["embedding", *self.names, "output", "recurrence"][row]
 
     def lines(self) -> list[str]:
         """The table as text."""
         columns = ["max |logit|", *["mean |h|"] * self.recurrent, "|grad|", "|weight|"]
         lines = ["".join([f"{'':<12}", *(f"{column:>13}" for column in columns), "  weights"])]
-        rows = range(self.layers + 2 + self.recurrent)
+        rows = range(len(self.names) + 2 + self.recurrent)
         for row in rows:
             figures = self.numbers[row]
             cells = [f"{figures[column]:>13.4g}" if column in figures else f"{'-':>13}" for column in columns]
@@ -216,7 +219,7 @@ class _Table:
         rows = self._not_finite("|grad|")
         if not rows:
             return "first place: after the last layer; all weights, router logits and gradients are finite"
-        layers = [row for row in rows if 1 <= row <= self.layers] or rows
+        layers = [row for row in rows if 1 <= row <= len(self.names)] or rows
         return (
             f"first place: {self._name(layers[0])}, whose gradient is not finite ({len(rows)} places in all); backward "
             f"runs from the last layer to the first, so it began at {self._name(layers[-1])}"
@@ -229,12 +232,13 @@ class _Table:
         return (~finite).nonzero().flatten().tolist()
 
 
-def _parameters(model: list[torch.nn.Module], layers: int):
+def _parameters(model: list[torch.nn.Module], decoder_layers: int, layers: int):
     """(row of the table, parameter, on how many ranks it is the same one)."""
     dense = mpu.get_data_parallel_world_size(with_context_parallel=True), mpu.get_tensor_model_parallel_world_size()
     experts = mpu.get_expert_data_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()
     for chunk in unwrap_model(model):
         rows = {f"decoder.layers.{i}.": layer.layer_number for i, layer in enumerate(chunk.decoder.layers)}
+        rows |= {f"mtp.layers.{i}.": decoder_layers + 1 + i for i in range(layers - decoder_layers)}  # on one stage
         rows |= {"embedding.": 0, "rnn_router.": layers + 2}
         for name, parameter in chunk.named_parameters():
             row = next((row for prefix, row in rows.items() if name.startswith(prefix)), layers + 1)

@@ -15,6 +15,7 @@ from tests.distributed.lab import REPOSITORY
 TORCHRUN = [sys.executable, "-m", "rmoe_megablocks.launcher.agent", "--standalone", "--local-addr", "127.0.0.1"]
 MODEL = [*BASE, "--train-iters", "5", "--log-interval", "1"]
 SAVING = [*PP2, "--save-interval", "2"]
+UNSAVED = ["--no-checkpoints", "--mtp-num-layers", "1"]
 
 
 def run(folder: Path, processes: int, fault: str, *argv: str) -> tuple[int, str]:
@@ -70,7 +71,7 @@ def test_a_weight_on_the_first_stage(tmp_path):
 
 @pytest.fixture(scope="module")
 def gradient_of_one_process(tmp_path_factory) -> tuple[int, str]:
-    return run(tmp_path_factory.mktemp("one"), 1, "gradient", "--no-checkpoints")
+    return run(tmp_path_factory.mktemp("one"), 1, "gradient", *UNSAVED)
 
 
 def test_a_gradient(gradient_of_one_process):
@@ -78,13 +79,17 @@ def test_a_gradient(gradient_of_one_process):
     assert code == 1, output[-3000:]
     assert "iteration 3: gradients are not finite although every loss is" in output, output[-3000:]
     assert "whose gradient is not finite (1 places in all)" in output and "so it began at layer 3" in output
-    assert table(output)["layer 3"][2] == "inf" and table(output)["layer 4"][2] != "inf"
+    rows = table(output)
+    assert list(rows)[4:7] == ["layer 4", "mtp layer 1", "output"]
+    assert rows["layer 3"][2] == "inf" and rows["layer 4"][2] != "inf"
+    logit, state, *norms, finite = rows["mtp layer 1"]
+    assert float(logit) > 0 and 0 < float(state) < 4 and all(float(norm) > 0 for norm in norms) and finite == "finite"
     assert "there is no checkpoint: the same command starts from the beginning" in output
 
 
 def test_scattered_gradients_have_the_norms_of_one_process(tmp_path, gradient_of_one_process):
     """With overlap Megatron would raise on one rank in the middle of backward; afterwards gradients are in shards."""
-    code, output = run(tmp_path, 2, "gradient", "--no-checkpoints", *DISTRIBUTED_OPTIMIZER)
+    code, output = run(tmp_path, 2, "gradient", *UNSAVED, *DISTRIBUTED_OPTIMIZER)
     assert code == 1 and "gradients are not finite although every loss is" in output, output[-3000:]
     one, two = table(gradient_of_one_process[1]), table(output)
     assert one.keys() == two.keys()
