@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from rmoe_megablocks.errors import UsageError
+
 _MEGABLOCKS = re.compile(r"(?P<experts>.*\bexperts\.)dropless\.mlp\.(?P<name>w1|v1|w2)")
 _EXTRA_STATE = re.compile(r".*\bexperts\.(local_experts\.\d+\.linear_fc\d\.)?_extra_state")
 _MEGATRON = re.compile(r"(?P<experts>.*\bexperts\.)local_experts\.(?P<index>\d+)\.linear_(?P<name>fc1|fc2)\.weight")
@@ -109,7 +111,11 @@ class ExpertShards:
         @torch.no_grad()
         def build(key: str, tensor: Tensor, replica_id: tuple, flattened_range: slice | None) -> list[ShardedTensor]:
             if flattened_range is not None:
-                raise NotImplementedError(f"{key}: optimizer state in flattened ranges, a format that Megatron gave up")
+                # Megatron's own tensors raise as well (mapping.py:134), without saying what to do
+                raise UsageError(
+                    f"--load: the optimizer's state ({key}) has the format of an older Megatron, which this one does "
+                    "not load any more; add --no-load-optim"
+                )
             shards = []
             for expert, rows in enumerate(tensor.chunk(self.local), self.first):
                 matrix = rows.mT.contiguous() if transposed else rows

@@ -48,7 +48,7 @@ def test_installs_beside_a_toolkit_and_compiles_nothing(environment, monkeypatch
         assert cli.run(args) == 0
     except UsageError as error:
         if "No matching distribution" in str(error) or "Could not find a version" in str(error):
-            pytest.skip(f"no package index: {error}")
+            pytest.skip(f"no package index has MegaBlocks: {error}")
         raise
     assert capsys.readouterr().out == "megablocks 0.10.0 and stanford-stk 0.7.1: installed\n"
     assert {"megablocks", "stk"} <= {path.name for path in packages.iterdir()}

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import default_layer_spec
 
+from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, install
 from rmoe_megablocks.megatron.layer import RecurrentMoELayer
 from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts
@@ -151,6 +152,14 @@ def test_checkpoints_have_megatrons_layout(one_process, variant, singleton):  # 
         for place, shard in expected.items():
             if isinstance(shard, tuple):
                 assert found[place][:-1] == shard[:-1] and torch.equal(found[place][-1], shard[-1])
+
+
+def test_optimizer_state_of_an_older_megatron_is_refused(one_process):  # noqa: F811
+    described = layer("megablocks", BASE).sharded_state_dict("decoder.layers.mlp.", ((0, 1, 4),), {})
+    factory = next(value for value in nested_values(described) if isinstance(value, ShardedTensorFactory))
+    factory.flattened_range = slice(0, 4)  # as distrib_optimizer.py:2037 sets it for checkpoints of older releases
+    with pytest.raises(UsageError, match="--no-load-optim"):
+        factory.build()
 
 
 def test_megatron_knows_the_weights_as_experts(one_process):  # noqa: F811
