@@ -28,8 +28,8 @@ def _original(function: Callable) -> Callable:
 def prepare_saves(prepare: Callable[[int], bool]) -> None:
     """Calls ``prepare(iteration)`` on every rank before a checkpoint is saved; False leaves the save out.
 
-    Megatron writes into a folder as it finds it (checkpointing.py:768) and saves a finished run
-    again (training.py:1441). training.py:3086 looks ``save_checkpoint`` up when called.
+    Megatron writes into a folder as it finds it (checkpointing.py:768) and saves a finished run again
+    (training.py:1441). training.py:3086 looks ``save_checkpoint`` up when called.
     """
     original = _original(training.save_checkpoint)
 

@@ -52,7 +52,7 @@ class Case:
 
 def _layout_cases():
     for layout in LAYOUTS.values():
-        for mode in modes_of(layout.name) if layout.shape else ():
+        for mode in modes_of(layout.name):
             argv = MODES[mode]
             collect = ("weights",) if mode == "fp32" else ()
             if layout.name == "CP2" and mode == "fp32":

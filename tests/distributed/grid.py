@@ -53,6 +53,7 @@ LAYOUTS = {
         Layout("CP2", 2, CP2),
         Layout("CP2 EP2", 2, [*CP2, *EP2]),
         Layout("DP2", 2, []),
+        Layout("DP2 distributed optimizer", 2, ["--use-distributed-optimizer"]),
         Layout("DP2 distributed optimizer, overlaps", 2, DISTRIBUTED_OPTIMIZER),
         Layout("PP2", 2, PP2),
         Layout("PP2 VPP2", 2, INTERLEAVED),
@@ -170,6 +171,7 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         ("PP2",),
     ),
     "global_aux_loss": ("base", ["--moe-router-load-balancing-type", "global_aux_loss"], ("TP2 SP",)),
+    "seq_aux_loss": ("base", ["--moe-router-load-balancing-type", "seq_aux_loss"], ("PP2",)),
     "aux_loss and seq_aux_loss at once": (
         "base",
         "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1.0 0.5".split(),
@@ -181,6 +183,11 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         ("PP2",),
     ),
     "quantile balancing": ("quantile balancing", [], ("PP2",)),
+    "capacity factor, dropping by probs": (
+        "base",
+        "--moe-expert-capacity-factor 1.0 --moe-token-drop-policy probs".split(),
+        ("EP2 alltoall",),
+    ),
     "capacity factor, padded, dropping by position": (
         "base",
         "--moe-expert-capacity-factor 1.0 --moe-token-drop-policy position --moe-pad-expert-input-to-capacity".split(),

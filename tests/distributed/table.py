@@ -80,9 +80,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _layout_rows() -> list[tuple[str, ...]]:
     rows = []
     for layout in LAYOUTS.values():
-        if layout.shape:
-            cells = (_works(f"{layout.name} @ {mode}") if mode in modes_of(layout.name) else "" for mode in MODES)
-            rows.append((layout.name, str(layout.processes), *cells))
+        cells = (_works(f"{layout.name} @ {mode}") if mode in modes_of(layout.name) else "" for mode in MODES)
+        rows.append((layout.name, str(layout.processes), *cells))
     return rows
 
 
