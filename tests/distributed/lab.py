@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -68,6 +69,17 @@ def _ranks(folder: Path, number: int, processes: int, cases: list[dict]):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def deviation(reference: dict, other: dict, first: int = 0) -> float:
+    """Largest relative difference of two losses and gradient norms, from iteration ``first`` of the reference on."""
+    pairs = []
+    for key in ("loss", "grad_norm"):
+        expected = reference[key][first:]
+        assert len(expected) == len(other[key]) > 0
+        pairs += zip(expected, other[key], strict=True)
+    assert all(math.isfinite(value) for pair in pairs for value in pair)  # a maximum may pass over a NaN
+    return max(abs(b / a - 1) for a, b in pairs)
+
+
 class Lab:
     """Results of cases by name: one dictionary a rank, see :class:`tests.distributed.worker.Recorder`.
 
@@ -90,14 +102,8 @@ class Lab:
         }
 
     def deviation(self, name: str, reference: str, first: int = 0) -> float:
-        """Largest relative difference of losses and gradient norms, from iteration ``first`` of the reference on."""
-        one, other = self.results[reference][0], self.results[name][0]
-        pairs = []
-        for key in ("loss", "grad_norm"):
-            expected = one[key][first:]
-            assert len(expected) == len(other[key]) > 0, (name, len(expected), len(other[key]))
-            pairs += zip(expected, other[key], strict=True)
-        return max(abs(b / a - 1) for a, b in pairs)
+        """Of two cases, see :func:`deviation`."""
+        return deviation(self.results[reference][0], self.results[name][0], first)
 
     def _start(self, shape: str) -> Case:
         argv = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(self.folder / (START + shape))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rmoe_megablocks.megatron.megablocks_weights import to_megatron
+from tests.distributed import lab
 from tests.distributed.arguments import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
-from tests.distributed.lab import run_groups
 
 ITERATIONS = 10
 TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]
@@ -120,18 +120,12 @@ def results(tmp_path_factory):
             words = [word.replace("{folder}", str(folder)) for word in c["argv"]]
             c["argv"] = [*words, "--runs-dir", str(folder / "runs"), "--run-name", c["name"]]
             c["argv"] += ["--data-cache-path", str(folder / "data_cache")]
-    return run_groups(folder, rounds)
+    return lab.run_groups(folder, rounds)
 
 
 def deviation(results, one: str, other: str, first: int = 1) -> float:
-    """Largest relative difference over losses and gradient norms, from iteration ``first`` of ``one`` on."""
-    one, other = results[one][0], results[other][0]
-    pairs = []
-    for key in ("loss", "grad_norm"):
-        expected = one[key][first - 1 :]
-        assert len(expected) == len(other[key]) > 0
-        pairs += zip(expected, other[key], strict=True)
-    return max(abs(b / a - 1) for a, b in pairs)
+    """Of two cases, from iteration ``first`` of ``one`` on, see :func:`lab.deviation`."""
+    return lab.deviation(results[one][0], results[other][0], first - 1)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
