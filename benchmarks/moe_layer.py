@@ -101,7 +101,8 @@ def _layer(backend: str, dtype: str):
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import default_layer_spec
 
-    from rmoe_megablocks.megatron import arguments, install
+    from rmoe_megablocks.megatron import arguments
+    from rmoe_megablocks.megatron.recurrence import install
 
     precision = ["--bf16", "--moe-router-dtype", "fp32"] if dtype == "bf16" else []
     with contextlib.redirect_stdout(io.StringIO()):

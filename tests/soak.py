@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from rmoe_megablocks.megatron import checkpoint_files
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from tests.checkpoints import assert_same_tensors
 
 REPOSITORY = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, training
 
-from rmoe_megablocks.launcher.process import serve_parent
+from rmoe_megablocks.process import serve_parent
 
 
 def _original(function: Callable) -> Callable:

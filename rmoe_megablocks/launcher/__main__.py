@@ -14,8 +14,8 @@ import sys
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher.arguments import resolve
-from rmoe_megablocks.launcher.process import quiet_warnings, report
 from rmoe_megablocks.launcher.supervise import run_agent
+from rmoe_megablocks.process import quiet_warnings, report
 
 DEFAULT_PORT = 29500
 

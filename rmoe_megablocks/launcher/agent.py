@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rmoe_megablocks.launcher.process import end_with_parent, report
+from rmoe_megablocks.process import end_with_parent, report
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ import sys
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher import options
 from rmoe_megablocks.launcher.arguments import resolve
-from rmoe_megablocks.launcher.process import end_with_parent, quiet_warnings, report_from_rank
+from rmoe_megablocks.process import end_with_parent, quiet_warnings, report_from_rank
 
 
 def main(argv: list[str]) -> int:

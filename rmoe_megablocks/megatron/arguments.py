@@ -13,7 +13,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import backend
+from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
 

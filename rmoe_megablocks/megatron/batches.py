@@ -19,7 +19,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from rmoe_megablocks.megatron import nonfinite
+from rmoe_megablocks.megatron.monitoring import nonfinite
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 

@@ -12,9 +12,10 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from rmoe_megablocks.compat import megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints, resharding, upcycling
-from rmoe_megablocks.megatron.backend import MEGATRON
-from rmoe_megablocks.megatron.install import install_router
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
+from rmoe_megablocks.megatron.experts.backend import MEGATRON
+from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
 
@@ -54,7 +55,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
     if args.yaml_cfg is not None:
         return
     notes = upcycling.choose(args)
-    checkpoints.check_router_matches(args)
+    compatibility.check_router_matches(args)
     resharding.check_optimizer_layout(args)
     stock = not get_router_type(args.moe_router_type).recurrent and args.moe_backend == MEGATRON
     if stock or _is_prepared(model_config):

@@ -18,10 +18,12 @@ from megatron.training.global_vars import set_global_variables
 
 from rmoe_megablocks import data
 from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.megatron import batches, checkpoint_safety, checkpoints, evaluation, nonfinite
-from rmoe_megablocks.megatron.health import RoutingHealth
-from rmoe_megablocks.megatron.install import install_router
-from rmoe_megablocks.megatron.reporting import Reporter, megatron_output_to
+from rmoe_megablocks.megatron import batches
+from rmoe_megablocks.megatron.checkpoints import compatibility, safety
+from rmoe_megablocks.megatron.monitoring import evaluation, nonfinite
+from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
+from rmoe_megablocks.megatron.monitoring.reporting import Reporter, megatron_output_to
+from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import Run, resolve
 
 Model = list[torch.nn.Module]
@@ -51,10 +53,10 @@ def run_megatron(args: argparse.Namespace, on_model: Callable[[Model], None]) ->
     set_global_variables(args)
     model_config = gpt_config_from_args(args)
     install_router(model_config, args)
-    checkpoint_safety.install(args)
+    safety.install(args)
 
     def hook(chunks: Model) -> Model:
-        checkpoint_safety.check_agreement(args)
+        safety.check_agreement(args)
         nonfinite.install(chunks, args)
         on_model(chunks)
         return chunks
@@ -118,7 +120,7 @@ def _stopped(error: nonfinite.NonFiniteError, reporter: Reporter, args: argparse
 
 def _resumes_from(args: argparse.Namespace) -> str:
     for folder in (args.save, args.load):
-        iteration = checkpoints.latest_iteration(folder)
+        iteration = compatibility.latest_iteration(folder)
         if iteration is not None:
             return f"the same command resumes from iteration {iteration} in {folder}, on the same data"
     return "there is no checkpoint: the same command starts from the beginning"

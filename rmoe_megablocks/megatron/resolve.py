@@ -9,9 +9,12 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoints, nonfinite, resharding, upcycling
-from rmoe_megablocks.megatron.install import routing_config
-from rmoe_megablocks.megatron.shared import fits_default_optimizer_checkpoint
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
+from rmoe_megablocks.megatron.monitoring import nonfinite
+from rmoe_megablocks.megatron.recurrence.install import routing_config
+from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
 
 DATA_ARGUMENTS = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
@@ -64,7 +67,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
     dataset, metadata = _choose_data(args)
-    checkpoints.check_router_matches(args)
+    compatibility.check_router_matches(args)
     arguments.validate(args)
     resharding.check_optimizer_layout(args)
     nonfinite.choose(args)

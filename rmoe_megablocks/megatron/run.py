@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.launcher.process import report, report_from_rank
+from rmoe_megablocks.process import report, report_from_rank
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ def traffic(settings: Settings, world_size: int) -> Traffic:
     share = settings.tensor if settings.sequence_parallel else 1
     tokens = memory.tokens_on_rank(settings) / share
     messages = steps * max(_messages(settings, rank) for rank in range(settings.pipeline))
-    # the state travels in its own dtype's bits, or widened to the pipeline's (megatron/stage_boundary.py)
+    # the state travels in its own dtype's bits, or widened to the pipeline's (megatron/recurrence/stage_boundary.py)
     wire = max(settings.router_dtype_bytes, settings.dtype_bytes) * settings.state_size if settings.recurrent else 0
     state = messages * tokens * wire
     return Traffic(

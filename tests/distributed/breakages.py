@@ -9,10 +9,12 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from rmoe_megablocks.megatron import batches, checkpoint_safety, install, layer, resharding, stage_boundary
-from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
-from rmoe_megablocks.megatron.router import RecurrentTopKRouter
-from rmoe_megablocks.megatron.shared import SharedRecurrence
+from rmoe_megablocks.megatron import batches
+from rmoe_megablocks.megatron.checkpoints import resharding, safety
+from rmoe_megablocks.megatron.recurrence import install, layer, stage_boundary
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
+from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.recurrence.shared import SharedRecurrence
 
 
 @contextlib.contextmanager
@@ -63,7 +65,7 @@ def _layers_detach_state():
 
 @contextlib.contextmanager
 def _changed_experts(change):
-    from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts  # needs MegaBlocks
+    from rmoe_megablocks.megatron.experts.megablocks_experts import MegaBlocksExperts  # needs MegaBlocks
 
     original = MegaBlocksExperts.__init__
 
@@ -119,14 +121,14 @@ def _keys_gradient_not_summed():
 
 
 def _another_checkpoint_on_rank_1():
-    check = checkpoint_safety.check_agreement
+    check = safety.check_agreement
 
     def differing(args):
         if torch.distributed.get_rank() == 1:
             args.ckpt_step = 7
         check(args)
 
-    return mock.patch.object(checkpoint_safety, "check_agreement", differing)
+    return mock.patch.object(safety, "check_agreement", differing)
 
 
 _BREAKAGES = {

@@ -41,7 +41,7 @@ What to know beside the tables:
 - **Packed sequences** (`packed_seq_params`) need Transformer Engine's attention. The router sees one token at a time,
   so packing changes nothing in it; where Megatron gives packed micro-batches their batch dimension back for the MoE
   layer, the state goes with them. `--reset-attention-mask` keeps documents apart without Transformer Engine.
-- **Padding masks, router replay and router trace** work (`tests/megatron/test_model.py`).
+- **Padding masks, router replay and router trace** work (`tests/megatron/recurrence/test_model.py`).
 - **Dropout, input jitter and random routing** draw other numbers in another layout, here as everywhere in Megatron.
 """
 

@@ -5,7 +5,8 @@ import argparse
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoints, resharding
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.checkpoints import compatibility, resharding
 from tests.distributed.arguments import BASE, PP2
 from tests.distributed.lab import run_groups
 
@@ -84,7 +85,7 @@ def parsed(run: str, *more: str) -> argparse.Namespace:
 @pytest.fixture
 def saved_by(monkeypatch):
     def set_saved(run: str) -> None:
-        monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder, step: parsed(run))
+        monkeypatch.setattr(compatibility, "saved_arguments", lambda folder, step: parsed(run))
 
     return set_saved
 

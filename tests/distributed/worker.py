@@ -26,9 +26,9 @@ from megatron.training import get_args, training
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import evaluation
-from rmoe_megablocks.megatron.health import RoutingHealth
-from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
+from rmoe_megablocks.megatron.monitoring import evaluation
+from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.resolve import resolve
 from tests.distributed import attention, breakages, traffic
 from tests.docstrings import parse_docstrings_once

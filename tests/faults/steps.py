@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.launcher.process import report_from_rank
+from rmoe_megablocks.process import report_from_rank
 from tests.faults import kill_points  # no Megatron up here: the process of a manager imports this module as well
 
 TIMEOUT = 120

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, checkpoint_files, checkpoint_safety, checkpoints
-from rmoe_megablocks.megatron.checkpoint_files import MANIFEST, TRACKER
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.checkpoints import compatibility, safety
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
+from rmoe_megablocks.megatron.checkpoints.files import MANIFEST, TRACKER
 from tests.checkpoints import flip, flip_in_a_weight, load_tensors, stored
 from tests.faults.test_kills import TINY, run_steps
 
@@ -55,8 +57,8 @@ def saved(folder, results, tmp_path) -> Path:
 def start(folder: Path) -> tuple[checkpoint_files.Choice, dict[str, torch.Tensor]]:
     """What a run loads from ``folder``, by the steps that its start takes. Raises UsageError as it does."""
     choice = checkpoint_files.choose(folder)
-    checkpoints.saved_arguments(folder, choice.iteration)
-    checkpoint_safety.verify(folder / f"iter_{choice.iteration:07d}")
+    compatibility.saved_arguments(folder, choice.iteration)
+    safety.verify(folder / f"iter_{choice.iteration:07d}")
     (folder / TRACKER).write_text(str(choice.iteration))  # for the reader below, which knows only that
     return choice, load_tensors(folder)
 
@@ -141,13 +143,13 @@ def test_the_router_is_checked_in_the_checkpoint_that_ckpt_step_names(saved):
     shutil.rmtree(saved / "iter_0000004")
     args = arguments.parse([*TINY, "--load", str(saved), "--moe-router-type", "linear"])
     with pytest.raises(UsageError, match="iter_0000004 is missing"):
-        checkpoints.check_router_matches(args)
+        compatibility.check_router_matches(args)
     args.ckpt_step = 2
     with pytest.raises(UsageError, match="the checkpoint's router is gru, this run's is linear"):
-        checkpoints.check_router_matches(args)
+        compatibility.check_router_matches(args)
     args.pretrained_checkpoint, args.load = args.load, str(saved / "nothing")
     with pytest.raises(UsageError, match="--pretrained-checkpoint .* the checkpoint's router is gru"):
-        checkpoints.check_router_matches(args)
+        compatibility.check_router_matches(args)
 
 
 def test_a_flip_in_the_pickled_arguments_is_named(saved):
@@ -163,7 +165,7 @@ def test_without_verification_a_flipped_weight_goes_unnoticed(saved, monkeypatch
     """Torch does not look at the checksums of its own file format: nothing but the manifest notices."""
     before = load_tensors(saved)
     path = flip_in_a_weight(saved / "iter_0000004")
-    monkeypatch.setattr(checkpoint_safety, "verify", lambda folder: None)
+    monkeypatch.setattr(safety, "verify", lambda folder: None)
     assert not same(start(saved)[1], before)
     monkeypatch.undo()
     assert_refused(saved, path.name)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from rmoe_megablocks.megatron.install import install_router
+from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import Run, resolve
 
 from megatron.core import mpu  # isort: skip  after CPU mode

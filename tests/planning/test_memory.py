@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmoe_megablocks.launcher.config import REPOSITORY
-from rmoe_megablocks.megatron.install import install_router
+from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.planning import memory, parameters, read_settings
 from tests.planning.built import arguments, build, checked, rank_of
 

@@ -12,12 +12,13 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import stage_boundary, upcycling
-from rmoe_megablocks.megatron.backend import MEGABLOCKS
-from rmoe_megablocks.megatron.layer import RecurrentMoELayer, RecurrentTransformerLayer
-from rmoe_megablocks.megatron.router import RecurrentTopKRouter
-from rmoe_megablocks.megatron.shared import SharedRecurrence
-from rmoe_megablocks.megatron.stage_boundary import StateP2PCommunicator
+from rmoe_megablocks.megatron.checkpoints import upcycling
+from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
+from rmoe_megablocks.megatron.recurrence import stage_boundary
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer, RecurrentTransformerLayer
+from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.recurrence.shared import SharedRecurrence
+from rmoe_megablocks.megatron.recurrence.stage_boundary import StateP2PCommunicator
 from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
 
@@ -29,13 +30,13 @@ def install_router(model_config: GPTModelConfig, args) -> None:
 
     Args:
         model_config: from ``gpt_config_from_args``; changed in place.
-        args: parsed arguments, see :mod:`.arguments`.
+        args: parsed arguments, see :mod:`rmoe_megablocks.megatron.arguments`.
     """
     router_type = get_router_type(args.moe_router_type)
     if router_type.recurrent:
         _install_recurrence(model_config, args, router_type)
     if args.moe_backend == MEGABLOCKS:
-        from rmoe_megablocks.megatron.megablocks_layer import use_megablocks  # MegaBlocks need not be installed
+        from rmoe_megablocks.megatron.experts.megablocks_layer import use_megablocks  # MegaBlocks need not be installed
 
         use_megablocks(model_config)
 

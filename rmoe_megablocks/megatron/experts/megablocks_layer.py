@@ -15,8 +15,8 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from torch import Tensor
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron.layer import RecurrentMoELayer
-from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts
+from rmoe_megablocks.megatron.experts.megablocks_experts import MegaBlocksExperts
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer
 
 
 class MegaBlocksMoELayer(MoELayer):

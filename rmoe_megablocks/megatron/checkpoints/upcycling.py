@@ -11,7 +11,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.checkpointing import get_load_checkpoint_path_by_args
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import checkpoint_files, checkpoints
+from rmoe_megablocks.megatron.checkpoints import compatibility
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.routing import get_router_type
 
 OPTION = "--moe-router-upcycle"
@@ -59,7 +60,7 @@ def _iteration(folder: str | None, option: str, step: int | None = None) -> int 
 
 
 def _router_of(folder: str, option: str, iteration: int) -> str:
-    saved = checkpoints.saved_arguments(folder, iteration)
+    saved = compatibility.saved_arguments(folder, iteration)
     if saved is None:
         raise UsageError(
             f"{OPTION}: {option} {folder} was saved with --ckpt-format torch; load it as a linear model and save it "

@@ -11,10 +11,11 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from megatron.core.transformer.moe.router_trace import RouterTracer
 from megatron.training.argument_utils import gpt_config_from_args
 
-from rmoe_megablocks.megatron import arguments, stage_boundary
-from rmoe_megablocks.megatron.install import install_router
-from rmoe_megablocks.megatron.layer import RecurrentTransformerLayer
-from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.recurrence import stage_boundary
+from rmoe_megablocks.megatron.recurrence.install import install_router
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
+from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
 from rmoe_megablocks.routing import reference
 from tests.distributed.arguments import BASE, FULL_RECOMPUTE, MOE_RECOMPUTE, selective
 

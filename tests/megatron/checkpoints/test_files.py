@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import checkpoint_files
-from rmoe_megablocks.megatron.checkpoint_files import CONFIG, MANIFEST, TRACKER, choose
-from rmoe_megablocks.megatron.checkpoint_safety import Saves, clear, make_latest
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
+from rmoe_megablocks.megatron.checkpoints.files import CONFIG, MANIFEST, TRACKER, choose
+from rmoe_megablocks.megatron.checkpoints.safety import Saves, clear, make_latest
 
 
 def save(folder: Path, iteration: int, manifest: bool = True, tracker: bool = True) -> Path:

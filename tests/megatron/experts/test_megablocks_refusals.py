@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, backend, checkpoints, preflight
+from rmoe_megablocks.megatron import arguments, preflight
+from rmoe_megablocks.megatron.checkpoints import compatibility
+from rmoe_megablocks.megatron.experts import backend
 from tests.distributed.arguments import BASE
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -94,11 +96,11 @@ def test_experts_are_not_split_over_tensor_ranks():
     ],
 )
 def test_optimizer_state_in_buffer_order_stays_with_its_backend(monkeypatch, saved, run, refused):
-    monkeypatch.setattr(checkpoints, "latest_iteration", lambda folder: 5)
-    monkeypatch.setattr(checkpoints, "saved_arguments", lambda folder, step: parsed(*saved.split()))
+    monkeypatch.setattr(compatibility, "latest_iteration", lambda folder: 5)
+    monkeypatch.setattr(compatibility, "saved_arguments", lambda folder, step: parsed(*saved.split()))
     args = parsed("--load", "somewhere", *run.split())
     if not refused:
-        checkpoints.check_router_matches(args)
+        compatibility.check_router_matches(args)
         return
     with pytest.raises(UsageError, match="--load somewhere: .* add --no-load-optim for the weights alone"):
-        checkpoints.check_router_matches(args)
+        compatibility.check_router_matches(args)

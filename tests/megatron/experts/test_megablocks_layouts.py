@@ -7,7 +7,7 @@ iteration, from one checkpoint that one process with Megatron's experts wrote.
 import pytest
 import torch
 
-from rmoe_megablocks.megatron.megablocks_weights import to_megatron
+from rmoe_megablocks.megatron.experts.megablocks_weights import to_megatron
 from tests.distributed import lab
 from tests.distributed.arguments import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
 

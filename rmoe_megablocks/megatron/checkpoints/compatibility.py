@@ -8,8 +8,8 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import checkpoint_safety
-from rmoe_megablocks.megatron.backend import MEGATRON
+from rmoe_megablocks.megatron.checkpoints import safety
+from rmoe_megablocks.megatron.experts.backend import MEGATRON
 
 
 def latest_iteration(folder: Path | str | None) -> int | None:
@@ -48,7 +48,7 @@ def saved_arguments(folder: Path | str, step: int | None = None) -> argparse.Nam
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is one
-        checkpoint_safety.verify(checkpoint)  # names the file, if the checkpoint has a manifest
+        safety.verify(checkpoint)  # names the file, if the checkpoint has a manifest
         raise UsageError(f"--load {folder}: {checkpoint} is damaged or incomplete ({type(error).__name__})") from error
 
 

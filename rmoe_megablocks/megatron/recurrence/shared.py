@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from rmoe_megablocks.megatron.stage_boundary import state_dtype
+from rmoe_megablocks.megatron.recurrence.stage_boundary import state_dtype
 from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 
 

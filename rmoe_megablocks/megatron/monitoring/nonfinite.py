@@ -15,8 +15,8 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from rmoe_megablocks.megatron.health import observe_routers
-from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.monitoring.health import observe_routers
+from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
 
 NO_CHECK = "--no-check-for-nan-in-loss-and-grad"
 UPSTREAM_VALIDATION = {"--rerun-mode", "--error-injection-rate", "--check-for-large-grads", "--check-for-spiky-loss"}

@@ -8,8 +8,8 @@ import torch
 
 from rmoe_megablocks.compat import megatron_checkpoints
 from rmoe_megablocks.errors import CommonError
-from rmoe_megablocks.megatron import checkpoint_files
-from rmoe_megablocks.megatron.checkpoint_files import MANIFEST, TRACKER, State
+from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
+from rmoe_megablocks.megatron.checkpoints.files import MANIFEST, TRACKER, State
 
 
 def install(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from rmoe_megablocks.megatron.router import router_dtype
+from rmoe_megablocks.megatron.recurrence.router import router_dtype
 
 
 def state_dtype(config) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import preflight
-from rmoe_megablocks.megatron.upcycling import is_routing
+from rmoe_megablocks.megatron.checkpoints.upcycling import is_routing
 from tests.distributed.arguments import BASE, LINEAR, PP2
 from tests.distributed.lab import run_groups
 

@@ -13,8 +13,8 @@ import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
-from rmoe_megablocks.megatron.checkpoint_files import write_atomically
-from rmoe_megablocks.megatron.health import RoutingHealth
+from rmoe_megablocks.megatron.checkpoints.files import write_atomically
+from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ Weights load under every layout. Of the optimizer's state in --ckpt-format torch
 import argparse
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import backend, checkpoints
+from rmoe_megablocks.megatron.checkpoints import compatibility
+from rmoe_megablocks.megatron.experts import backend
 
 COSTS = "--no-load-optim to go on with the weights alone, which starts Adam's averages and the learning rate afresh"
 
@@ -26,7 +27,7 @@ def check_optimizer_layout(args: argparse.Namespace) -> None:
     """
     if args.no_load_optim or args.finetune or args.load is None:
         return
-    saved = checkpoints.saved_arguments(args.load, args.ckpt_step)
+    saved = compatibility.saved_arguments(args.load, args.ckpt_step)
     if saved is None or getattr(saved, "no_save_optim", False) or not (_is_covered(saved) and _is_covered(args)):
         return
     changes = _changes(saved, args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rmoe_megablocks.compat import megablocks as megablocks_mode
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron.megablocks_weights import ExpertShards, split_expert
+from rmoe_megablocks.megatron.experts.megablocks_weights import ExpertShards, split_expert
 
 megablocks_mode.enable()  # before the first import of MegaBlocks
 from megablocks.layers.arguments import Arguments  # noqa: E402

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from rmoe_megablocks.megatron.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
 
 
 def observe_routers(chunks: list[torch.nn.Module], observer: Callable[[TopKRouter, Tensor, Tensor], None]) -> None:

@@ -13,11 +13,12 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import default_layer_spec
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, install
-from rmoe_megablocks.megatron.layer import RecurrentMoELayer
-from rmoe_megablocks.megatron.megablocks_experts import MegaBlocksExperts
-from rmoe_megablocks.megatron.megablocks_layer import MegaBlocksMoELayer, RecurrentMegaBlocksMoELayer
-from rmoe_megablocks.megatron.megablocks_weights import from_megatron, to_megatron
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.experts.megablocks_experts import MegaBlocksExperts
+from rmoe_megablocks.megatron.experts.megablocks_layer import MegaBlocksMoELayer, RecurrentMegaBlocksMoELayer
+from rmoe_megablocks.megatron.experts.megablocks_weights import from_megatron, to_megatron
+from rmoe_megablocks.megatron.recurrence import install
+from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer
 from tests.distributed.arguments import BASE
 from tests.megatron.conftest import one_process  # noqa: F401
 

@@ -5,7 +5,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from rmoe_megablocks.megatron import stage_boundary
+from rmoe_megablocks.megatron.recurrence import stage_boundary
 
 
 class RecurrentMoELayer(MoELayer):
