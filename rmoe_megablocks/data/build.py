@@ -1,7 +1,7 @@
 """Text into a dataset: OUT/{train,valid,test}.{bin,idx} and OUT/dataset.json.
 
 Plain text of all inputs, in order, is one stream, and each split is a stretch of it: one document in the indexed
-dataset, so that Megatron's samples follow one another as the text does. JSON lines are one document a row.
+dataset, so that Megatron's samples follow one another as the text does. JSON is one document a row.
 
 A dataset appears all at once: it is written into a hidden folder beside OUT that is renamed at the very end.
 """
@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rmoe_megablocks.data import indexed, sources
+from rmoe_megablocks.data import indexed
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.formats import AUTO, BYTES
 from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
+from rmoe_megablocks.data.sources import Inputs
 from rmoe_megablocks.data.split import SPLITS, parse_split
 from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
 
@@ -42,7 +44,8 @@ def prepare(
     split: str,
     tokenizer: str = "bytes",
     tokenizer_model: str | Path | None = None,
-    json_key: str = "text",
+    json_key: str | None = None,
+    input_format: str = AUTO,
     append_eod: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -50,12 +53,17 @@ def prepare(
     """Tokenize ``inputs`` into the dataset folder ``output``.
 
     Args:
-        inputs: files, all plain text or all JSON lines (.jsonl), each as is or compressed (.gz, .xz).
+        inputs: files, all plain text or all JSON; each as is or compressed (gzip, xz, bzip2, zstd).
         output: the dataset's folder; missing parents are made.
         split: see :mod:`rmoe_megablocks.data.split`. Sizes cut plain text at exactly these bytes; with sentencepiece a
-            cut within a character moves to its end. JSON lines are cut between rows, nearest to the asked-for place;
-            their bytes are those of the text under the key.
+            cut within a character moves to its end. JSON is cut between rows, nearest to the asked-for place; its
+            bytes are those of the text under the key.
         tokenizer: "bytes" or "sentencepiece", the latter with ``tokenizer_model``.
+        json_key: where an object has its text: the inputs are JSON, an object a line or an array of objects. Without,
+            they are plain text.
+        input_format: "auto" takes UTF-8 text and refuses what is JSON or no text at all; "text" takes JSON as the text
+            it is; "bytes" takes any bytes, for the bytes tokenizer. Compressed files are decompressed in all three. The
+            mark that UTF-8 files may begin with is left out except by "bytes".
         append_eod: end documents (rows; for plain text: each split) in the tokenizer's end-of-document id.
         overwrite: replace a dataset that is there, once the new one is complete.
         progress: a progress bar on stderr.
@@ -70,28 +78,24 @@ def prepare(
     encoding = make_tokenizer(tokenizer, tokenizer_model, append_eod)
     target = Path(output).resolve()
     _check_target(target, output, overwrite)
-    paths = [Path(path) for path in inputs]
-    if not paths:
-        raise DataError("no input files")
-    rows = {sources.is_jsonl(path) for path in paths}
-    if len(rows) > 1:
-        raise DataError("inputs mix JSON lines (.jsonl) and plain text: prepare them one by one")
+    source = Inputs([Path(path) for path in inputs], json_key, input_format)
+    if input_format == BYTES and not encoding.cuts_bytes:
+        raise DataError(f"--input-format {input_format} needs --tokenizer bytes: {tokenizer} reads characters")
 
     with _bar("reading", None, progress) as bar:
-        files = [sources.inspect(path, json_key, bar.update) for path in paths]
+        files = source.inspect(encoding.cuts_bytes, bar.update)
     total = sum(file.text_bytes for file in files)
     ends = parsed.ends(total)
     indexed.import_megatron()  # takes seconds: after the checks, before the bar
     with _staging(target, output, overwrite) as staging, _bar("writing", ends[-1], progress) as bar:
-        if rows == {True}:
-            parts = _cut_rows((row for path in paths for row in sources.read_rows(path, json_key)), ends)
+        if json_key is not None:
+            parts = _cut_rows(source.pieces(), ends)
         else:
-            chunks = (chunk for path in paths for chunk in sources.read_chunks(path))
-            parts = _cut_stream(chunks, ends, encoding.cuts_bytes)
+            parts = _cut_stream(source.pieces(), ends, encoding.cuts_bytes)
         splits, dtype = _write(staging, parts, encoding, append_eod, bar.update)
         used = sum(written.bytes for written in splits.values())
         # a cut moves by less than a character, or for rows to the nearest row
-        if rows == {False} and used < ends[-1]:
+        if json_key is None and used < ends[-1]:
             raise DataError(f"the input changed while it was read: {used:,} bytes, expected {ends[-1]:,}")
         for name, part in zip(SPLITS, parsed.parts, strict=True):
             if part > 0 and splits[name].tokens == 0:

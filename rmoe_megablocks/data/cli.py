@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from rmoe_megablocks.data.build import prepare
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.formats import AUTO, INPUT_FORMATS
 from rmoe_megablocks.data.metadata import DatasetMetadata
 from rmoe_megablocks.data.tokenizers import KINDS
 
@@ -27,7 +28,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         description="Turn text into Megatron's indexed dataset: train, valid and test in the folder --output.",
     )
     add = prepare_parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="text or .jsonl files, also .gz or .xz; read in this order")
+    add("inputs", nargs="+", metavar="INPUT", help="text or JSON files, also compressed; read in this order")
     add("--output", required=True, metavar="DIR", help="the dataset's folder")
     add("--tokenizer", choices=KINDS, default="bytes", help="default: bytes")
     add("--tokenizer-model", metavar="FILE", help="the model for --tokenizer sentencepiece")
@@ -37,7 +38,18 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="TRAIN,VALID,TEST",
         help="sizes in bytes (90M,5M,5M; 90000000,5000000,5000000) or shares (90%%,5%%,5%%; 0.9,0.05,0.05)",
     )
-    add("--json-key", default="text", metavar="KEY", help="where a .jsonl row has its text (default: text)")
+    add(
+        "--json-key",
+        metavar="KEY",
+        help="the inputs are JSON, an object a line or an array of objects, with their text under this key",
+    )
+    add(
+        "--input-format",
+        choices=INPUT_FORMATS,
+        default=AUTO,
+        help="text: take JSON for the text it is; bytes: take any bytes (default: auto: UTF-8 text, or JSON with "
+        "--json-key; everything else is refused)",
+    )
     add("--append-eod", action="store_true", help="end each document in an end-of-document token")
     add("--overwrite", action="store_true", help="replace the dataset in --output")
     info = commands.add_parser("info", help="show what a dataset holds", description="Show what a dataset holds.")
@@ -56,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
                     tokenizer=args.tokenizer,
                     tokenizer_model=args.tokenizer_model,
                     json_key=args.json_key,
+                    input_format=args.input_format,
                     append_eod=args.append_eod,
                     overwrite=args.overwrite,
                     progress=True,

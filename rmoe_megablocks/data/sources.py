@@ -1,27 +1,19 @@
-"""Input files: plain text and JSON lines, each also compressed with gzip or xz.
-
-A name that ends in .jsonl, .jsonl.gz or .jsonl.xz is JSON lines, one document a row; every other name is plain text.
-Everything here streams: no more than a chunk, or a row, is in memory.
-"""
+"""Input files, plain text or JSON: read in a stream of pieces, and looked at beforehand."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from rmoe_megablocks.data import formats
+from rmoe_megablocks.data.compression import check_file, open_text
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.rows import read_rows
 
 CHUNK_BYTES = 1 << 20
-
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -34,83 +26,82 @@ class Source:
     text_bytes: int
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether ``path`` is JSON lines by its name."""
-    return (path.stem if path.suffix in _OPENERS else path.name).endswith(".jsonl")
+@dataclass(frozen=True)
+class Inputs:
+    """What is read, and as what.
 
-
-@contextmanager
-def open_text(path: str | Path) -> Iterator[BinaryIO]:
-    """The bytes of a text file, decompressed when its name ends in .gz or .xz.
-
-    Raises:
-        DataError: also for what goes wrong while the caller reads from it, such as a truncated gzip file.
+    Attributes:
+        paths: files, in the order of their text.
+        json_key: where a row of JSON has its text; None for plain text.
+        input_format: see :func:`rmoe_megablocks.data.prepare`.
     """
-    path = Path(path)
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-            yield stream
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path}: not a complete {path.suffix} file ({_one_line(error)})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
+
+    paths: Sequence[Path]
+    json_key: str | None
+    input_format: str
+
+    def pieces(self) -> Iterator[bytes]:
+        """The text: a piece a row, or plain text in pieces of at most CHUNK_BYTES."""
+        for path in self.paths:
+            yield from self._pieces_of(path)
+
+    def _pieces_of(self, path: Path) -> Iterator[bytes]:
+        if self.json_key is not None:
+            return read_rows(path, self.json_key)
+        return read_chunks(path, drop_mark=self.input_format != formats.BYTES)
+
+    def inspect(self, cuts_bytes: bool, advance: Callable[[int], object]) -> list[Source]:
+        """Read all once: checksums, and how much text there is. ``advance`` is told of its bytes as they pass.
+
+        Args:
+            cuts_bytes: whether the text may end within a character.
+
+        Raises:
+            DataError: no files, or one is missing, unreadable, corrupt, named twice, has no text or is something else.
+        """
+        self._check_request()
+        text_check = formats.TextCheck() if self.json_key is None and self.input_format != formats.BYTES else None
+        found = [self._inspect(path, text_check, advance) for path in self.paths]
+        if text_check and not cuts_bytes:
+            text_check.finish(self.paths[-1])
+        return found
+
+    def _check_request(self) -> None:
+        if not self.paths:
+            raise DataError("no input files")
+        if self.input_format not in formats.INPUT_FORMATS:
+            raise DataError(f"--input-format {self.input_format}: expected one of {', '.join(formats.INPUT_FORMATS)}")
+        if self.json_key is not None and self.input_format != formats.AUTO:
+            raise DataError(f"--json-key reads JSON, --input-format {self.input_format} does not: keep one")
+        seen: dict[tuple[int, int], Path] = {}
+        for path in self.paths:
+            check_file(path)
+            status = os.stat(path)
+            other = seen.setdefault((status.st_dev, status.st_ino), path)
+            if other is not path:
+                raise DataError(f"{path}: is named twice (as {other}), so that its text would be, too")
+
+    def _inspect(self, path: Path, text_check: formats.TextCheck | None, advance: Callable[[int], object]) -> Source:
+        with open_text(path) as stream:
+            formats.check(path, stream.read(formats.HEAD_BYTES), self.json_key, self.input_format)
+        size = 0
+        for piece in self._pieces_of(path):
+            if text_check:
+                text_check.feed(path, size, piece)
+            size += len(piece)
+            advance(len(piece))
+        if size == 0:
+            raise DataError(f"{path}: has no text")
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return Source(path.name, path.stat().st_size, digest, size)
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """The text of a plain file in pieces of at most ``CHUNK_BYTES``."""
+def read_chunks(path: Path, drop_mark: bool = True) -> Iterator[bytes]:
+    """The text of a plain file in pieces; ``drop_mark`` leaves out the byte-order mark that UTF-8 may begin with."""
     with open_text(path) as stream:
+        first = stream.read(len(formats.UTF8_MARK))
+        if first and not (drop_mark and first == formats.UTF8_MARK):
+            yield first
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
-
-
-def read_rows(path: Path, key: str) -> Iterator[bytes]:
-    """The UTF-8 text under ``key`` of each row of a JSON lines file; empty lines are skipped.
-
-    Raises:
-        DataError: names the file and the line of a row that is no JSON object or has no text under ``key``.
-    """
-    with open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not a row of JSON ({_one_line(error)})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object with the key {key!r}")
-            if key not in row:
-                present = ", ".join(map(repr, list(row)[:8])) or "none"
-                raise DataError(f"{where}: no key {key!r} (keys: {present}); choose one with --json-key")
-            if not isinstance(row[key], str):
-                raise DataError(f"{where}: the value of {key!r} is a {type(row[key]).__name__}, expected text")
-            try:
-                yield row[key].encode()
-            except UnicodeEncodeError:
-                raise DataError(f"{where}: the value of {key!r} has half a surrogate pair") from None
-
-
-def inspect(path: Path, key: str, advance: Callable[[int], object]) -> Source:
-    """Read a file once: its checksum and how much text it has. ``advance`` is told of the bytes of text as they pass.
-
-    Raises:
-        DataError: the file is missing, unreadable, corrupt, or has no text.
-    """
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a file")
-    size = 0
-    for piece in read_rows(path, key) if is_jsonl(path) else read_chunks(path):
-        size += len(piece)
-        advance(len(piece))
-    if size == 0:
-        raise DataError(f"{path}: has no text")
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Source(path.name, path.stat().st_size, digest, size)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -28,19 +28,24 @@ def write(path, data: bytes):
         ("missing.gz", None, "missing.gz: no such file"),
         ("empty.txt", b"", "empty.txt: has no text"),
         ("empty.gz", gzip.compress(b""), "empty.gz: has no text"),
-        ("text.gz", b"this is not gzip", "text.gz: not a complete .gz file"),
-        ("cut.gz", gzip.compress(os.urandom(5000))[:-700], "cut.gz: not a complete .gz file"),
-        ("bad.gz", gzip.compress(b"a" * 5000)[:-5] + b"12345", "bad.gz: not a complete .gz file"),
-        ("bad.xz", b"this is not xz", "bad.xz: not a complete .xz file"),
+        ("text.gz", b"this is not gzip", "text.gz: its name says gzip, but it begins with 'this is not gzip'"),
+        ("cut.gz", gzip.compress(os.urandom(5000))[:-700], "cut.gz: not a complete gzip file"),
+        ("bad.gz", gzip.compress(b"a" * 5000)[:-5] + b"12345", "bad.gz: not a complete gzip file"),
+        ("bad.xz", b"this is not xz", "bad.xz: its name says xz, but it begins with"),
         ("rows.jsonl", b'{"text": "a"}\n\n{"text": b}\n', "rows.jsonl:3: not a row of JSON"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "rows.jsonl:2: not a row of JSON"),
-        ("rows.jsonl", b"[" * 100_000, "rows.jsonl:1: not a row of JSON"),
-        ("rows.jsonl", b'{"text": "a"}\n["text"]\n', "rows.jsonl:2: a JSON list, expected an object"),
+        ("rows.jsonl", b"[" * 100_000, "rows.jsonl: element 1 of the array: not JSON"),
+        ("rows.jsonl", b'{"a":' * 100_000, "rows.jsonl:1: not a row of JSON"),
+        ("rows.jsonl", b'{"text": "a"}\n["text"]\n', "rows.jsonl:2: a JSON array, expected an object"),
         ("rows.jsonl", b'{"body": "a"}\n', "rows.jsonl:1: no key 'text' .keys: 'body'.*--json-key"),
-        ("rows.jsonl", b'{"text": "a"}\n{"text": null}\n', "rows.jsonl:2: the value of 'text' is a NoneType"),
+        (
+            "rows.jsonl",
+            b'{"text": "a"}\n{"text": null}\n',
+            "rows.jsonl:2: the value of 'text' is a JSON null, expected",
+        ),
         ("rows.jsonl", b'{"text": "\\ud800"}\n', "rows.jsonl:1: .* half a surrogate pair"),
         ("rows.jsonl", b'{"text": ""}\n', "rows.jsonl: has no text"),
-        ("rows.jsonl.gz", b"x", "rows.jsonl.gz: not a complete .gz file"),
+        ("rows.jsonl.gz", b"x", "rows.jsonl.gz: its name says gzip"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # every process makes other compressed bytes
 )
@@ -49,7 +54,7 @@ def test_bad_inputs(tmp_path, name, data, says):
         write(tmp_path / name, data)
     before = content(tmp_path)
     with pytest.raises(DataError, match=says) as error:
-        prepare([tmp_path / name], tmp_path / "out", split="90%,5%,5%")
+        prepare([tmp_path / name], tmp_path / "out", split="90%,5%,5%", json_key="text" if "rows" in name else None)
     assert "\n" not in str(error.value)
     assert content(tmp_path) == before
 
@@ -74,10 +79,11 @@ def test_other_bad_requests(tmp_path, models):
 
     fails("no input files", inputs=[])
     fails("is a folder, expected a file", inputs=[tmp_path])
-    fails("inputs mix JSON lines", inputs=[text, rows])
+    fails("text: holds plain text .*--json-key text asks for rows", inputs=[rows, text], json_key="text")
+    fails("rows.jsonl: its name says JSON", inputs=[text, rows])
     fails("split 'x' is not understood", split="x")
     fails("split '90M,5M,5M' needs 100,000,000 bytes, but the input has 100$", split="90M,5M,5M")
-    fails("leaves valid empty: no document falls into it", inputs=[rows])
+    fails("leaves valid empty: no document falls into it", inputs=[rows], json_key="text")
     fails("unknown tokenizer 'words'", tokenizer="words")
     fails("bytes takes no model", tokenizer_model="some.model")
     fails("needs a model: give one with --tokenizer-model", tokenizer="sentencepiece")

@@ -31,7 +31,7 @@ def test_bytes_are_cut_exactly(tmp_path, suffix):
     text = np.random.default_rng(0).bytes(3_000_017)  # more than a chunk, no valid UTF-8
     source = tmp_path / f"corpus{suffix}"
     source.write_bytes({"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](text))
-    metadata = prepare([source], tmp_path / "out", split="2097153,500k,400000")
+    metadata = prepare([source], tmp_path / "out", split="2097153,500k,400000", input_format="bytes")
     assert decoded(tmp_path / "out") == [text[:2097153], text[2097153:2597153], text[2597153:2997153]]
     assert [split.bytes for split in metadata.splits.values()] == [2097153, 500000, 400000]
     assert [split.tokens for split in metadata.splits.values()] == [2097153, 500000, 400000]
@@ -54,7 +54,7 @@ def test_several_files_are_one_stream(tmp_path):
     paths = [tmp_path / name for name in ("b.txt", "a.txt.gz", "c")]
     for path, part in zip(paths, parts, strict=True):
         path.write_bytes(gzip.compress(part) if path.suffix == ".gz" else part)
-    metadata = prepare(paths, tmp_path / "deep" / "er", split="90%,5%,5%")
+    metadata = prepare(paths, tmp_path / "deep" / "er", split="90%,5%,5%", input_format="bytes")
     assert b"".join(decoded(tmp_path / "deep" / "er")) == b"".join(parts)
     assert [source.name for source in metadata.sources] == ["b.txt", "a.txt.gz", "c"]
     assert metadata.unused_bytes == 0
@@ -70,7 +70,9 @@ def test_a_split_may_be_left_out(tmp_path):
 def test_end_of_document(tmp_path):
     text = bytes(range(256)) * 40
     (tmp_path / "text").write_bytes(text)
-    metadata = prepare([tmp_path / "text"], tmp_path / "out", split="10k,100,100", append_eod=True)
+    metadata = prepare(
+        [tmp_path / "text"], tmp_path / "out", split="10k,100,100", append_eod=True, input_format="bytes"
+    )
     assert (metadata.vocab_size, metadata.eod_id) == (257, 256)
     for name, size in zip(SPLITS, (10000, 100, 100), strict=True):
         tokens = read_tokens(tmp_path / "out" / name)
@@ -108,7 +110,9 @@ def test_long_streams_become_several_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "MAX_DOCUMENT_TOKENS", 1000)
     text = bytes(range(200)) * 21
     (tmp_path / "text").write_bytes(text)
-    metadata = prepare([tmp_path / "text"], tmp_path / "out", split="3000,1001,199", append_eod=True)
+    metadata = prepare(
+        [tmp_path / "text"], tmp_path / "out", split="3000,1001,199", append_eod=True, input_format="bytes"
+    )
     assert [len(document) for document in documents(tmp_path / "out" / "train")] == [1000, 1000, 1000, 1]
     assert [len(document) for document in documents(tmp_path / "out" / "valid")] == [1000, 2]
     assert metadata.splits["train"].documents == 4

@@ -101,6 +101,7 @@ def test_rows_and_end_of_document(tmp_path, models):
         split="1/1/1".replace("1", "7B"),
         tokenizer="sentencepiece",
         tokenizer_model=models["default"],
+        json_key="text",
         append_eod=True,
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(models["default"]))
