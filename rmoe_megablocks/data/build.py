@@ -32,6 +32,9 @@ from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
 # what a dataset's folder may hold: its files, and Megatron's sample indices in folders named as the prefixes
 _OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx"))}
 
+# a text of which more than this share is unknown to the tokenizer is not one that it is meant for
+_MOST_UNKNOWN = 0.25
+
 
 class OutputExists(DataError):
     """The output is there already."""
@@ -100,6 +103,12 @@ def prepare(
         for name, part in zip(SPLITS, parsed.parts, strict=True):
             if part > 0 and splits[name].tokens == 0:
                 raise DataError(f"split {split!r} leaves {name} empty: no document falls into it")
+        tokens = sum(written.tokens for written in splits.values())
+        if encoding.unknown_tokens > _MOST_UNKNOWN * tokens:
+            raise DataError(
+                f"tokenizer model {tokenizer_model}: {encoding.unknown_tokens / tokens:.0%} of the tokens are its "
+                "unknown piece: it is made for another language or script; choose another model"
+            )
         metadata = DatasetMetadata(
             format_version=FORMAT_VERSION,
             tokenizer=encoding.kind,
@@ -113,6 +122,7 @@ def prepare(
             splits=splits,
             unused_bytes=total - used,
             sources=tuple(files),
+            unknown_tokens=encoding.unknown_tokens,
         )
         metadata.save(staging)
         metadata.check_files(staging)

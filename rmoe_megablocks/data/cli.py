@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
                 print(
                     "rmoe: note: the tokenizer model has no line breaks: they became word boundaries", file=sys.stderr
                 )
+            if metadata.unknown_tokens:
+                print(f"rmoe: note: {_unknown(metadata)}", file=sys.stderr)
         else:
             metadata = DatasetMetadata.load(args.dataset)
     except DataError as error:
@@ -103,10 +105,18 @@ def table(metadata: DatasetMetadata) -> str:
         f"vocabulary  {metadata.vocab_size:,}, stored as {metadata.dtype}, end of document: {eod}",
         f"split       {metadata.split}, {metadata.unused_bytes:,} bytes unused",
     ]
+    if metadata.unknown_tokens:
+        lines.append(f"unknown     {_unknown(metadata)}")
     lines += [
         f"source      {source.name}, {source.size:,} bytes, sha256 {source.sha256}" for source in metadata.sources
     ]
     return "\n".join(lines)
+
+
+def _unknown(metadata: DatasetMetadata) -> str:
+    total = sum(split.tokens for split in metadata.splits.values())
+    share = metadata.unknown_tokens / total
+    return f"{metadata.unknown_tokens:,} tokens ({share:.2%}) stand for characters that the tokenizer model lacks"
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class DatasetMetadata:
     ``tokenizer_model`` and ``tokenizer_sha256`` are the model's file name and checksum, None for bytes. ``eod_id`` is
     None unless documents end in it. ``dtype`` is NumPy's name of the tokens' type on disk. ``split`` is the spelling
     that was asked for. ``splits`` has train, valid and test; one asked for with size 0 has no files. ``unused_bytes``
-    is text at the end of the input that the split left out. ``newlines`` is "kept" or "lost".
+    is text at the end of the input that the split left out. ``newlines`` is "kept" or "lost". ``unknown_tokens`` of all
+    splits stand for characters that the tokenizer's vocabulary lacks.
     """
 
     format_version: int
@@ -47,6 +48,7 @@ class DatasetMetadata:
     splits: dict[str, SplitMetadata]
     unused_bytes: int
     sources: tuple[Source, ...]
+    unknown_tokens: int = 0
 
     @classmethod
     def load(cls, prefix_or_dir: str | Path) -> DatasetMetadata:
@@ -81,7 +83,11 @@ class DatasetMetadata:
             sources = tuple(Source(**source) for source in fields["sources"])
             metadata = cls(**{**fields, "splits": splits, "sources": sources})
             indexed.check_dtype(metadata.dtype)
-            numbers = [metadata.vocab_size, *(number for split in splits.values() for number in asdict(split).values())]
+            numbers = [
+                metadata.vocab_size,
+                metadata.unknown_tokens,
+                *(number for split in splits.values() for number in asdict(split).values()),
+            ]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("a size is no whole number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,6 +20,7 @@ SPLITS = ("train", "valid", "test")
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _PART = re.compile(r"(\d[\d_]*(?:\.\d*)?|\.\d+)\s*(%|(?:[kmg]i?)?b?)", re.IGNORECASE)
+_LARGEST_WEIGHTS = 1000  # sizes without a unit that sum to no more look like weights
 _EXPECTED = "expected three sizes (90M,5M,5M) or three shares (90%,5%,5% or 0.9,0.05,0.05) for train, valid, test"
 
 
@@ -41,7 +42,7 @@ class Split:
             ends = tuple(int(end) for end in accumulate(self.parts))
             if ends[-1] > total:
                 raise DataError(f"split {self.spelling!r} needs {ends[-1]:,} bytes, but the input has {total:,}")
-            if ends[-1] in (100, 1000) and total > ends[-1] and "b" not in self.spelling.lower():
+            if ends[-1] <= _LARGEST_WEIGHTS < total and not re.search("[a-z]", self.spelling.lower()):
                 # Megatron's own --split takes such weights; silently training on 90 bytes would be worse than asking
                 raise DataError(
                     f"split {self.spelling!r} would take {ends[-1]} bytes of {total:,}: "

@@ -20,6 +20,7 @@ KINDS = ("bytes", "sentencepiece")
 
 # text is given to SentencePiece in batches, cut into pieces that its threads share
 _BATCH_CHARACTERS = 1 << 19
+_BATCH_BYTES = 1 << 20
 _PIECE_CHARACTERS = 1 << 14
 # spaces and line breaks in every position that normalisation treats in its own way
 _PROBES = ("a\nb", " a\n  b\t\n\nc ", "\n\n\na b", "a  b\n")
@@ -46,6 +47,8 @@ class Tokenizer(Protocol):
     model_sha256: str | None
     cuts_bytes: bool
     """Whether a split may cut the text between any two bytes; else only between characters."""
+    unknown_tokens: int
+    """How many of the tokens so far stand for characters that the vocabulary lacks."""
     newlines: str
     """"kept", or "lost" where line breaks become word boundaries."""
 
@@ -64,6 +67,7 @@ class ByteTokenizer:
     model_sha256 = None
     cuts_bytes = True
     newlines = "kept"
+    unknown_tokens = 0
 
     def __init__(self, eod: bool = False) -> None:
         self.eod_id = 256 if eod else None
@@ -134,6 +138,7 @@ class SentencePieceTokenizer:
         self.exact = self._gives_back_white_space()
         self.newline_id = None if self.exact else self._newline_piece()
         self.newlines = "kept" if self.exact or self.newline_id is not None else "lost"
+        self.unknown_tokens = 0
 
     def encoder(self) -> Encoder:
         return _SentencePieceEncoder(self)
@@ -166,21 +171,22 @@ class SentencePieceTokenizer:
                 parts.append(np.array(ids, np.int32))
                 if self.newline_id is not None and piece.endswith("\n"):
                     parts.append(np.array([self.newline_id], np.int32))
-        return np.concatenate(parts)
+        ids = np.concatenate(parts)
+        self.unknown_tokens += int(np.count_nonzero(ids == self._processor.unk_id()))
+        return ids
 
     def cut(self, text: str, final: bool) -> tuple[list[str], str]:
         """Pieces of ``text`` to encode on their own, and the rest to keep for later; no rest when ``final``."""
         if self.exact:
-            pieces = []
-            while len(text) > _PIECE_CHARACTERS:
-                pieces.append(text[: (at := _cut_point(text))])
-                text = text[at:]
-            return ([*pieces, text], "") if final and text else (pieces, text)
+            pieces = _cut(text, _PIECE_CHARACTERS)
+            rest = pieces.pop()
+            return ([*pieces, rest], "") if final and rest else (pieces, rest)
         lines = text.split("\n")
         rest = lines.pop()
-        pieces = [part for line in lines for part in _shorten(line + "\n")]
+        longest = 2 * _PIECE_CHARACTERS  # rather than cut a line, which is encoded as one
+        pieces = [part for line in lines for part in _cut(line + "\n", longest)]
         if final or len(rest) > _PIECE_CHARACTERS:
-            parts = _shorten(rest)
+            parts = _cut(rest, longest)
             rest = "" if final else parts.pop()
             pieces += parts
         return [piece for piece in pieces if piece], rest
@@ -223,6 +229,11 @@ class _SentencePieceEncoder:
         self._at_start = True
 
     def feed(self, data: bytes) -> np.ndarray:
+        # a row comes whole, whatever its size; ids are Python's integers for a while, which need much more memory
+        parts = [self._take(data[start : start + _BATCH_BYTES]) for start in range(0, len(data), _BATCH_BYTES)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def _take(self, data: bytes) -> np.ndarray:
         text = self._decoder.decode(data)
         self._pending.append(text)
         self._characters += len(text)
@@ -259,25 +270,31 @@ def make_tokenizer(kind: str, model_path: str | Path | None = None, eod: bool = 
     raise DataError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def _shorten(line: str) -> list[str]:
-    """``line`` in parts that are not much longer than a piece; more than one only for very long lines."""
-    parts = []
-    while len(line) > 2 * _PIECE_CHARACTERS:
-        parts.append(line[: (at := _cut_point(line))])
-        line = line[at:]
-    return [*parts, line]
+def _cut(text: str, longest: int) -> list[str]:
+    """``text`` in pieces that end in the last one, of at most ``longest`` characters; the others are cut off before it.
+
+    Where the cuts are depends on the text from its start on, not on how much of it there is. Every character is copied
+    once: a text of one long row is cut as fast as one of many.
+    """
+    pieces, start = [], 0
+    while len(text) - start > longest:
+        at = _cut_point(text, start)
+        pieces.append(text[start:at])
+        start = at
+    return [*pieces, text[start:]]
 
 
-def _cut_point(text: str) -> int:
-    """Where to cut a piece off ``text``, which is longer than one: after a line's end, else before a space.
+def _cut_point(text: str, start: int) -> int:
+    """Where to cut a piece from ``start`` on off ``text``, which is longer: after a line's end, else before a space.
 
     Never between two line breaks or two spaces, because a model may have a piece for several of them.
     """
+    end = start + _PIECE_CHARACTERS
     for mark, offset in (("\n", 1), (" ", 0)):
-        at = text.rfind(mark, 1, _PIECE_CHARACTERS)
-        while at > 0:
+        at = text.rfind(mark, start + 1, end)
+        while at > start:
             at += offset
             if text[at - 1 : at + 1] not in ("\n\n", "  "):
                 return at
-            at = text.rfind(mark, 1, at - offset)
-    return _PIECE_CHARACTERS
+            at = text.rfind(mark, start + 1, at - offset)
+    return end

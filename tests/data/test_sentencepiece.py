@@ -109,3 +109,68 @@ def test_rows_and_end_of_document(tmp_path, models):
     assert [read_tokens(tmp_path / "out" / name).tolist() for name in SPLITS] == [expected] * 3
     assert (metadata.tokenizer_model, metadata.eod_id) == ("default.model", processor.eos_id())
     assert metadata.vocab_size == processor.vocab_size()
+
+
+class CountingText(str):
+    """Counts the characters that slicing and splitting copy."""
+
+    copied = 0
+
+    def __getitem__(self, place):
+        part = str.__getitem__(self, place)
+        CountingText.copied += len(part)
+        return CountingText(part)
+
+    def split(self, separator):
+        parts = str.split(self, separator)
+        CountingText.copied += sum(map(len, parts))
+        return [CountingText(part) for part in parts]
+
+
+@pytest.mark.parametrize("model", ["exact", "default"])
+@pytest.mark.parametrize("unit", ["word ", "line\n", "x"])
+def test_a_long_text_is_cut_in_linear_time(models, small_pieces, monkeypatch, model, unit):
+    tokenizer = make_tokenizer("sentencepiece", models[model])
+    text = unit * (100_000 // len(unit))
+    monkeypatch.setattr(CountingText, "copied", 0)
+    pieces, rest = tokenizer.cut(CountingText(text), final=True)
+    assert "".join(pieces) == text and not rest
+    assert CountingText.copied <= 3 * len(text)  # by slices of what is left it was 500 times its size
+
+
+@pytest.mark.parametrize("model", ["exact", "breaks", "fallback", "default"])
+@pytest.mark.parametrize("joined", [" ", "\n"])
+def test_a_row_of_any_size_is_encoded_in_batches(models, text, monkeypatch, model, joined):
+    """The ids do not depend on the batches, and none is larger than it should be."""
+    tokenizer = make_tokenizer("sentencepiece", models[model])
+    data = joined.join(text.split("\n")).encode()
+    monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 100)
+    whole = encode(tokenizer, data, len(data))
+    monkeypatch.setattr(tokenizers, "_BATCH_BYTES", 701)
+    monkeypatch.setattr(tokenizers, "_BATCH_CHARACTERS", 500)
+    sizes = []
+    original = tokenizer.encode_pieces
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_pieces",
+        lambda pieces, start: (sizes.append(sum(map(len, pieces))), original(pieces, start))[1],
+    )
+    assert encode(tokenizer, data, len(data)).tolist() == whole.tolist()
+    assert len(sizes) > 20 and max(sizes) < 1500
+
+
+def test_text_that_the_model_does_not_know(tmp_path, models, capsys):
+    from tests.data.test_cli import rmoe
+
+    argv = ["data", "prepare", str(tmp_path / "text"), "--output", str(tmp_path / "out"), "--split", "100%,0,0"]
+    argv += ["--tokenizer", "sentencepiece", "--tokenizer-model", str(models["default"])]
+    (tmp_path / "text").write_text("the of the of the of \u0416\n")
+    assert rmoe(*argv) == 0
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(models["default"]))
+    ids = read_tokens(tmp_path / "out" / "train")
+    assert (ids == processor.unk_id()).sum() == 1
+    assert f"note: 1 tokens ({1 / len(ids):.2%}) stand for characters" in capsys.readouterr().err
+    (tmp_path / "text").write_text("\u0416 \u0424 " * 30)
+    assert rmoe(*argv, "--overwrite") == 2
+    assert "50% of the tokens are its unknown piece" in capsys.readouterr().err
+    assert len(read_tokens(tmp_path / "out" / "train")) == len(ids)

@@ -53,6 +53,8 @@ def test_wrong_spellings(spelling, says):
         # Megatron's weights, taken for bytes, would train on next to nothing
         ("969,30,1", 10**6, "would take 1000 bytes of 1,000,000"),
         ("90,5,5", 10**6, "would take 100 bytes of 1,000,000"),
+        ("8,1,1", 10**6, "would take 10 bytes of 1,000,000"),
+        ("98,1,0", 10**6, "would take 99 bytes of 1,000,000"),
         ("98%,1%,1%", 10, "leaves valid empty: the input has 10 bytes"),
     ],
 )
