@@ -9,6 +9,8 @@ import logging
 import os
 import struct
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,8 @@ from rmoe_megablocks.data.errors import DataError
 
 # Megatron indexes tokens within a document with int32; a longer stream is cut into documents of this size
 MAX_DOCUMENT_TOKENS = 1 << 30
+
+_CHUNK_TOKENS = 1 << 24
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents + 1
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -101,8 +105,20 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"unknown dtype {dtype!r}")
 
 
-def read_tokens(prefix: str | Path) -> np.ndarray:
-    """All tokens of the split PREFIX, 1-D, documents joined, read-only and memory-mapped, in the dtype on disk.
+@dataclass(frozen=True)
+class Index:
+    """What an index says: the type of the tokens, and how many each document (a sequence of Megatron's) has, int32."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+def read_index(prefix: str | Path) -> Index:
+    """The index of the split PREFIX, once it is known to fit to the tokens beside it.
 
     Raises:
         DataError: a file is missing, the index is none, or the two do not fit together.
@@ -116,19 +132,43 @@ def read_tokens(prefix: str | Path) -> np.ndarray:
             magic, version, code, sequences, _ = _HEADER.unpack(header)
             if magic != _MAGIC or version != 1 or code not in _DTYPES:
                 raise DataError(f"{idx_path}: not an index of Megatron's indexed dataset")
-            # read, not np.fromfile: a header with a wild count must not ask for memory
-            lengths = stream.read(4 * sequences) if 4 * sequences <= idx_path.stat().st_size else b""
-        if len(lengths) != 4 * sequences:
+        if idx_path.stat().st_size < _HEADER.size + 4 * sequences:
             raise DataError(f"{idx_path}: truncated index")
-        tokens = int(np.frombuffer(lengths, dtype=np.int32).sum(dtype=np.int64))
-        dtype = np.dtype(_DTYPES[code])
-        size = bin_path.stat().st_size
-        if size != tokens * dtype.itemsize:
-            raise DataError(f"{bin_path}: {size:,} bytes, but its index says {tokens * dtype.itemsize:,}")
-        if tokens == 0:
-            return np.empty(0, dtype)
-        return np.memmap(bin_path, dtype=dtype, mode="r")
+        lengths = np.empty(0, np.int32)
+        if sequences:  # mapped: all ranks of a machine read it
+            lengths = np.memmap(idx_path, np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
+        index = Index(np.dtype(_DTYPES[code]), lengths)
+        size, expected = bin_path.stat().st_size, index.tokens * index.dtype.itemsize
     except FileNotFoundError as error:
         raise DataError(f"{error.filename}: no such file") from None
     except OSError as error:
         raise DataError(f"{error.filename or prefix}: cannot be read ({error.strerror})") from None
+    if size != expected:
+        raise DataError(f"{bin_path}: {size:,} bytes, but its index says {expected:,}")
+    return index
+
+
+def read_tokens(prefix: str | Path) -> np.ndarray:
+    """All tokens of the split PREFIX, 1-D, documents joined, read-only and memory-mapped, in the dtype on disk.
+
+    Raises:
+        DataError: as :func:`read_index`.
+    """
+    index = read_index(prefix)
+    if index.tokens == 0:
+        return np.empty(0, index.dtype)
+    try:
+        return np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    except OSError as error:
+        raise DataError(f"{prefix}.bin: cannot be read ({error.strerror})") from None
+
+
+def id_range(prefix: str | Path, advance: Callable[[int], object] = lambda size: None) -> tuple[int, int]:
+    """(smallest, largest) token id of the split PREFIX, which has tokens. ``advance`` is told of the bytes read."""
+    tokens = read_tokens(prefix)
+    smallest = largest = int(tokens[0])
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        chunk = tokens[start : start + _CHUNK_TOKENS]
+        smallest, largest = min(smallest, int(chunk.min())), max(largest, int(chunk.max()))
+        advance(chunk.nbytes)
+    return smallest, largest

@@ -120,13 +120,29 @@ def dataset_dir(prefix_or_dir: str | Path) -> Path:
     return path
 
 
+def metadata_beside(prefix: str | Path) -> DatasetMetadata | None:
+    """The metadata of the prepared dataset that the indexed dataset ``prefix`` is a split of; None if it is of none.
+
+    Raises:
+        DataError: as :meth:`DatasetMetadata.load`.
+    """
+    path = Path(prefix)
+    if path.name not in SPLITS or not (path.parent / FILE_NAME).is_file():
+        return None
+    return DatasetMetadata.load(path.parent)
+
+
 def check_tokenizer(
-    metadata: DatasetMetadata, tokenizer_kind: str, model_path: str | Path | None = None, vocab_size: int | None = None
+    metadata: DatasetMetadata,
+    tokenizer_kind: str,
+    model_path: str | Path | None = None,
+    vocab_size: int | None = None,
+    compares_model: bool = True,
 ) -> None:
     """Check that training's tokenizer gives the ids that the dataset was made with.
 
     A vocabulary larger than the dataset's is fine: it may be padded or have ids of its own. ``vocab_size`` None is
-    not checked. A model is compared by its content, not by its name.
+    not checked. A model is compared by its content, not by its name, and not at all without ``compares_model``.
 
     Raises:
         DataError: another kind of tokenizer, another model, or a vocabulary that is smaller than the dataset's.
@@ -135,7 +151,7 @@ def check_tokenizer(
         raise DataError(
             f"the dataset was prepared with the tokenizer {metadata.tokenizer}, but training uses {tokenizer_kind}"
         )
-    if metadata.tokenizer_sha256 is not None:
+    if metadata.tokenizer_sha256 is not None and compares_model:
         if model_path is None:
             raise DataError(f"the dataset was prepared with the model {metadata.tokenizer_model}, training names none")
         try:

@@ -38,7 +38,7 @@ def _launch(argv: list[str]) -> int:
 
     quiet_warnings(speaks=False)  # the workers give them
     # late, because it imports torch, which reads the environment variables just set
-    from rmoe_megablocks.megatron import preflight
+    from rmoe_megablocks.megatron import datasets, preflight
 
     plan = preflight.check(run.megatron, nproc_per_node=own.nproc_per_node, nnodes=own.nnodes)
     nproc = plan.nproc_per_node
@@ -47,7 +47,7 @@ def _launch(argv: list[str]) -> int:
     if own.dry_run:
         _print_plan(command, {**run.config.env, "OMP_NUM_THREADS": threads}, run.config.sources, run.megatron)
         return 0
-    return run_agent(command, env={**os.environ, "OMP_NUM_THREADS": threads})
+    return run_agent(command, env={**os.environ, "OMP_NUM_THREADS": threads, datasets.CHECKED: "1"})
 
 
 def agent_command(own: argparse.Namespace, nproc: int, worker_argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,7 +28,7 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 def dataset_config(args) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -49,6 +50,12 @@ def dataset_config(args) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+    if blend is not None:  # --split: Megatron never finishes to build a split without tokens
+        left_out = getattr(args, "splits_left_out", [])
+        config.split_matrix = [
+            None if split.name in left_out else part for split, part in zip(Split, config.split_matrix, strict=True)
+        ]
+    return config
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None):

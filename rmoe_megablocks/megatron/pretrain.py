@@ -18,7 +18,7 @@ from megatron.training.global_vars import set_global_variables
 
 from rmoe_megablocks import data
 from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.megatron import batches
+from rmoe_megablocks.megatron import batches, datasets
 from rmoe_megablocks.megatron.checkpoints import compatibility, safety
 from rmoe_megablocks.megatron.monitoring import evaluation, nonfinite
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
@@ -165,21 +165,22 @@ def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
         "seed": args.seed,
         "peak_memory_bytes": _peak_memory(),
     }
-    evaluated = run.metadata is not None and not args.no_final_evaluation
+    evaluated = []
+    if run.metadata is not None and not args.no_final_evaluation:
+        evaluated = datasets.evaluated_splits(run.metadata)
+    for split in evaluated:
+        split_bytes = run.metadata.splits[split].bytes
+        summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
     if evaluated:
-        for split in ("valid", "test"):
-            split_bytes = run.metadata.splits[split].bytes
-            summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
-        summary["bigram_bpc"] = data.dataset_bigram_bits_per_byte(run.dataset, "test")
+        summary["bigram_bpc"] = data.dataset_bigram_bits_per_byte(run.dataset, evaluated[-1])
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         temporary = run.folder / "summary.json.new"
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         temporary.replace(run.folder / "summary.json")
     if evaluated:
-        reporter.say(
-            f"test {summary['test_bpc']:.3f} bpc, valid {summary['valid_bpc']:.3f} bpc "
-            f"(a bigram model of the same training text: {summary['bigram_bpc']:.3f}); {run.folder / 'summary.json'}"
-        )
+        results = ", ".join(f"{split} {summary[f'{split}_bpc']:.3f} bpc" for split in reversed(evaluated))
+        bigram = f"a bigram model of the same training text: {summary['bigram_bpc']:.3f}"
+        reporter.say(f"{results} ({bigram}); {run.folder / 'summary.json'}")
     return summary
 
 

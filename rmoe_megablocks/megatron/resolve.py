@@ -9,16 +9,13 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron import arguments, datasets
 from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
-
-DATA_ARGUMENTS = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
-SPLITS = ("train", "valid", "test")
 
 
 @dataclasses.dataclass
@@ -66,14 +63,14 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     _choose_folders(args, folder)
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
-    dataset, metadata = _choose_data(args)
+    chosen = datasets.choose(args, datasets.reads_ids_here(world_size))
     compatibility.check_router_matches(args)
     arguments.validate(args)
     resharding.check_optimizer_layout(args)
     nonfinite.choose(args)
-    notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note)
+    notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note) + chosen.notes
     del args.explicit
-    return Run(args, folder, dataset, metadata, notes, _as_config(argv))
+    return Run(args, folder, chosen.dataset, chosen.metadata, notes, _as_config(argv))
 
 
 def _as_config(argv: Sequence[str]) -> dict[str, object]:
@@ -160,56 +157,3 @@ def choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
     return [
         "the shared recurrence is too small for the default optimizer checkpoint: --dist-ckpt-optim-fully-reshardable"
     ]
-
-
-def _choose_data(args: argparse.Namespace) -> tuple[Path | None, data.DatasetMetadata | None]:
-    """Fills Megatron's data and tokenizer arguments from a prepared dataset, ours by default."""
-    if args.mock_data:
-        return None, None
-    given = [name for name in DATA_ARGUMENTS if getattr(args, name)]
-    if args.dataset and given:
-        raise UsageError(f"--dataset and --{given[0].replace('_', '-')} both name the data: keep one")
-    if given:
-        _check_prefixes(args)
-        return None, None
-    if args.dataset:
-        dataset = Path(args.dataset)
-    else:
-        dataset = Path(args.runs_dir) / "data" / "enwik8_1mb"
-        data.prepare_embedded(dataset)
-    metadata = data.DatasetMetadata.load(dataset)
-    _choose_tokenizer(args, dataset, metadata)
-    for split in SPLITS:
-        setattr(args, f"{split}_data_path", [str(dataset / split)])
-    return dataset, metadata
-
-
-def _check_prefixes(args: argparse.Namespace) -> None:
-    for name in ("data_path", *(f"{split}_data_path" for split in SPLITS)):
-        for word in getattr(args, name) or []:
-            if word.replace(".", "", 1).isdigit():  # a blending weight
-                continue
-            for suffix in (".bin", ".idx"):
-                if not Path(word + suffix).is_file():
-                    option = "--" + name.replace("_", "-")
-                    raise UsageError(
-                        f"{option} {word}: {word}{suffix} does not exist; make it with 'rmoe data prepare'"
-                    )
-
-
-def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: data.DatasetMetadata) -> None:
-    kinds = {"bytes": "NullTokenizer", "sentencepiece": "SentencePieceTokenizer"}
-    if args.tokenizer_type is None:
-        args.tokenizer_type = kinds[metadata.tokenizer]
-    elif args.tokenizer_type != kinds[metadata.tokenizer]:
-        raise UsageError(
-            f"--tokenizer-type {args.tokenizer_type} does not match the dataset {dataset}, which was tokenized by "
-            f"{metadata.tokenizer}: leave it out or use {kinds[metadata.tokenizer]}"
-        )
-    if metadata.tokenizer == "bytes":
-        args.vocab_size = args.vocab_size or metadata.vocab_size
-    elif args.tokenizer_model is None:
-        raise UsageError(
-            f"--tokenizer-model: the dataset {dataset} was tokenized by {metadata.tokenizer_model}; name it"
-        )
-    data.check_tokenizer(metadata, metadata.tokenizer, args.tokenizer_model, args.vocab_size)
