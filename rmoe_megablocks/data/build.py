@@ -85,7 +85,7 @@ def prepare(
     if input_format == BYTES and not encoding.cuts_bytes:
         raise DataError(f"--input-format {input_format} needs --tokenizer bytes: {tokenizer} reads characters")
 
-    with _bar("reading", None, progress) as bar:
+    with _bar("reading", None, progress, delay=1) as bar:  # most of what is wrong is found at once: one line then
         files = source.inspect(encoding.cuts_bytes, bar.update)
     total = sum(file.text_bytes for file in files)
     ends = parsed.ends(total)
@@ -267,9 +267,14 @@ def _install(staging: Path, target: Path, spelling: str | Path, overwrite: bool)
         raise
 
 
-def _bar(what: str, total: int | None, progress: bool) -> tqdm:
-    # in a log file a bar is a line for each refresh
-    interval = 0.2 if sys.stderr.isatty() else 5.0
+def _bar(what: str, total: int | None, progress: bool, delay: float = 0) -> tqdm:
     return tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, mininterval=interval
+        desc=what,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 5.0,  # in a log file a bar is a line for each refresh
+        delay=delay,
     )

@@ -5,6 +5,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from tests.data.conftest import models, text  # noqa: F401  fixtures
+
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
