@@ -287,6 +287,10 @@ def test_documents_are_cut_as_megatron_does(plain, run, name, split, tokens):
         for part in matrix
     ]
     assert built == [n if n > SEQUENCE else 0 for n in tokens]
+    # of a part without tokens it would look for the end for ever
+    assert [split for split, part in zip(datasets.SPLITS, matrix, strict=True) if part is None] == (
+        found.args.splits_left_out
+    )
 
 
 def batches_config(args):
