@@ -8,7 +8,7 @@ from rmoe_megablocks.data.compression import open_text
 from rmoe_megablocks.data.embedded import embedded_corpus, prepare_embedded
 from rmoe_megablocks.data.errors import DataError
 from rmoe_megablocks.data.indexed import id_range, read_index, read_tokens
-from rmoe_megablocks.data.metadata import DatasetMetadata, check_tokenizer, metadata_beside
+from rmoe_megablocks.data.metadata import DatasetMetadata, check_tokenizer, dataset_dir, metadata_beside
 from rmoe_megablocks.data.ngram import bigram_bits_per_byte, dataset_bigram_bits_per_byte
 from rmoe_megablocks.data.tokenizers import make_tokenizer
 
@@ -18,6 +18,7 @@ __all__ = [
     "bigram_bits_per_byte",
     "check_tokenizer",
     "dataset_bigram_bits_per_byte",
+    "dataset_dir",
     "embedded_corpus",
     "id_range",
     "make_tokenizer",

@@ -99,7 +99,8 @@ class DatasetMetadata:
         (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def check_files(self, directory: Path) -> None:
-        """Compare the sizes of the files in ``directory`` with the metadata; the DataError names a wrong one."""
+        """Compare the files in ``directory`` with the metadata: their sizes, and what the index says of the tokens. The
+        DataError names a wrong one."""
         for name, split in self.splits.items():
             if split.tokens == 0:
                 continue
@@ -109,6 +110,10 @@ class DatasetMetadata:
                 if (size := path.stat().st_size) != expected:
                     kind = "truncated" if size < expected else "too long"
                     raise DataError(f"{path}: {kind}: {size:,} bytes, but {FILE_NAME} says {expected:,}")
+            index = indexed.read_index(directory / name)
+            found = (index.dtype.name, index.tokens, len(index.lengths))
+            if found != (self.dtype, split.tokens, split.documents):
+                raise DataError(f"{directory / name}.idx: is of another dataset than {FILE_NAME}: prepare it again")
 
 
 def dataset_dir(prefix_or_dir: str | Path) -> Path:

@@ -101,8 +101,8 @@ class SentencePieceTokenizer:
         line breaks are lost: they become word boundaries, like any space. Runs of spaces, spaces at line ends and
         what the model's normalisation folds (NFKC: ligatures, full-width forms, ...) are lost, too.
 
-    In both, characters that the model has no piece for become its unknown piece unless it has byte fallback, and
-    bytes that are no UTF-8 become U+FFFD.
+    In both, a text's own U+2581, in which models write a space, becomes one; characters without a piece become the
+    model's unknown piece unless it has byte fallback; and bytes that are no UTF-8 become U+FFFD.
 
     Raises:
         DataError: the model is missing or is none, or ``eod`` is asked of a model without an end-of-sentence id.

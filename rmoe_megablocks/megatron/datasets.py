@@ -23,6 +23,7 @@ _KINDS = {
     "bytes": (_NULL,),
     "sentencepiece": ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"),
 }
+_SIZED = (_NULL, "NullMultimodalTokenizer", "TikTokenizer")  # take their size from --vocab-size
 _EOD_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 # Megatron's arguments that a dataset of batches.py does not heed
 _NOT_HEEDED = (
@@ -104,7 +105,7 @@ def _prepared(args: argparse.Namespace) -> Data:
     if args.split is not None:
         raise UsageError(f"--split {args.split} cuts up --data-path; a prepared dataset is cut already: leave it out")
     if args.dataset:
-        dataset = Path(args.dataset)
+        dataset = data.dataset_dir(args.dataset)
     else:
         dataset = Path(args.runs_dir) / "data" / "enwik8_1mb"
         data.prepare_embedded(dataset)
@@ -134,7 +135,7 @@ def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: data.Da
             f"--tokenizer-model: the dataset {dataset} was tokenized by {metadata.tokenizer_model}; name it"
         )
     data.check_tokenizer(metadata, metadata.tokenizer, args.tokenizer_model, args.vocab_size)
-    _check_padded(args, metadata.vocab_size)
+    _check_model_size(args, metadata.vocab_size)
 
 
 def _choose_end_of_document(args: argparse.Namespace, what: str, metadata: data.DatasetMetadata) -> None:
@@ -199,7 +200,6 @@ def _check_ids(
 ) -> None:
     """Refuses ids that the tokenizer does not have: a padded row of the embedding would be trained for them."""
     size = _tokenizer_size(args)
-    _check_padded(args, size)
     unread = [prefix for prefix in prefixes if not prepared[prefix] and data.read_index(prefix).tokens]
     total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in unread)
     with tqdm(
@@ -219,6 +219,7 @@ def _check_ids(
                 f"{prefixes[prefix]} {prefix}: holds token ids below {metadata.vocab_size:,}, "
                 f"the vocabulary has {size:,} ({_vocabulary(args)})"
             )
+    _check_model_size(args, size)
 
 
 def _tokenizer_size(args: argparse.Namespace) -> int:
@@ -231,7 +232,13 @@ def _tokenizer_size(args: argparse.Namespace) -> int:
         raise UsageError(f"--tokenizer-type {args.tokenizer_type}: cannot be built ({reason[:200]})") from error
 
 
-def _check_padded(args: argparse.Namespace, size: int) -> None:
+def _check_model_size(args: argparse.Namespace, size: int) -> None:
+    """Refuses sizes of the model's vocabulary that do not hold, or do not change, the tokenizer's ``size`` ids."""
+    if args.vocab_size not in (None, size) and args.padded_vocab_size is None and args.tokenizer_type not in _SIZED:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size} has no effect: the tokenizer has {size:,} ids ({_vocabulary(args)}); "
+            "leave it out, or give a larger embedding by --padded-vocab-size"
+        )
     if args.padded_vocab_size is not None and args.padded_vocab_size < size:
         raise UsageError(f"--padded-vocab-size {args.padded_vocab_size} is less than the vocabulary's {size} ids")
 

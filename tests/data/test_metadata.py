@@ -43,6 +43,13 @@ def change(dataset, **fields):
         (lambda d: (d / "train.bin").write_bytes(b"\0" * 1599), "train.bin: truncated: 1,599 bytes, .* says 1,600"),
         (lambda d: (d / "train.bin").write_bytes(b"\0" * 1601), "train.bin: too long"),
         (lambda d: (d / "train.idx").write_bytes((d / "train.idx").read_bytes()[:-1]), "train.idx: truncated"),
+        (lambda d: (d / "train.idx").write_bytes(b"x" * 62), "train.idx: not an index"),
+        (
+            lambda d: (d / "valid.idx").write_bytes((d / "train.idx").read_bytes()),
+            "valid.bin: 200 bytes, but",
+        ),
+        (lambda d: change(d, vocab_size=-1), "corrupt metadata"),
+        (lambda d: change(d, dtype="int16"), "train.idx: is of another dataset than dataset.json"),
     ],
 )
 def test_damage_is_named(dataset, damage, says):

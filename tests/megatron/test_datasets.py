@@ -116,6 +116,7 @@ def test_tokenizers(plain, prepared, models, refusal, run):
     path = ["--train-data-path", plain["good"]]
     assert refusal(*path, base=UNTOKENIZED).startswith("--train-data-path needs --tokenizer-type")
     no_size = WORDS[: WORDS.index("--vocab-size")] + WORDS[WORDS.index("--vocab-size") + 2 :]
+    neither = UNTOKENIZED[:VOCABULARY] + UNTOKENIZED[VOCABULARY + 2 :]
     assert "--tokenizer-type NullTokenizer needs --vocab-size" in refusal(*path, base=no_size)
     other = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
     said = refusal(*path, *other, "gone.model", base=UNTOKENIZED)
@@ -129,8 +130,13 @@ def test_tokenizers(plain, prepared, models, refusal, run):
     assert "--padded-vocab-size 200 is less than" in refusal("--dataset", text, "--padded-vocab-size", 200)
     pieces = prepared("pieces", tokenizer="sentencepiece", tokenizer_model=models["exact"])
     one, two = ["--train-data-path", pieces / "train"], ["--train-data-path", 1, pieces / "train", 1, text / "train"]
-    run(*one, *other, models["exact"], base=UNTOKENIZED)
-    assert "was prepared with the model exact.model" in refusal(*one, *other, models["breaks"], base=UNTOKENIZED)
+    run(*one, *other, models["exact"], base=neither)
+    run("--dataset", pieces, *other[2:], models["exact"], base=neither)
+    for data_words in (one, ["--dataset", pieces]):
+        words = [*data_words, *other, models["exact"], "--vocab-size", 1000]
+        assert "--vocab-size 1000 has no effect: the tokenizer has 400 ids" in refusal(*words, base=neither)
+        assert run(*words, "--padded-vocab-size", 1024, base=neither).args.padded_vocab_size == 1024
+    assert "was prepared with the model exact.model" in refusal(*one, *other, models["breaks"], base=neither)
     assert "were prepared with different tokenizers" in refusal(*two, "--vocab-size", 500)
     run(*one, "--vocab-size", 500)
     assert "token ids below" in refusal(*one)
@@ -312,3 +318,8 @@ def test_a_damaged_index(plain, refusal):
     with open(plain["many"] + ".idx", "r+b") as file:
         file.truncate(40)
     assert "many.idx: truncated index" in refusal("--train-data-path", plain["many"])
+
+
+def test_a_dataset_named_by_one_of_its_splits(prepared, run):
+    folder = prepared()
+    assert run("--dataset", folder / "train").args.valid_data_path == [str(folder / "valid")]
