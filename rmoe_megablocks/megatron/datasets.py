@@ -277,8 +277,11 @@ def _leave_out_short_splits(
     for split in args.splits_left_out:
         setattr(args, f"{split}_data_path", None)
         prefix, tokens = short[split]
-        why = f"{prefix} has {tokens:,} tokens there, less than a sequence" if tokens else "there is no text for it"
         exactly = at_end is not None and split in at_end
+        cut_away = prefix and (
+            tokens or at_end is None
+        )  # the others have no dataset, or an empty split of a prepared one
+        why = f"{prefix} has {tokens:,} tokens there, less than a sequence" if cut_away else "there is no text for it"
         when = "left out during training" if exactly else "left out"
         if evaluates or (at_end is not None and not exactly):
             notes.append(f"evaluation of {split} is {when}: {why}")

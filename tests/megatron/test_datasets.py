@@ -283,6 +283,9 @@ def test_documents_are_cut_as_megatron_does(plain, run, name, split, tokens):
     assert [blends.tokens_of(plain[name], which, found.args.split) for which in datasets.SPLITS] == tokens
     assert found.args.splits_left_out == [w for w, n in zip(datasets.SPLITS, tokens, strict=True) if n <= SEQUENCE]
     assert (found.args.eval_iters == 0) == (tokens[1] == 0)
+    for left_out in found.args.splits_left_out:
+        said = f"evaluation of {left_out} is left out: {plain[name]} has 0 tokens there, less than a sequence"
+        assert said in found.notes
     if split is None:
         assert "--split is missing: Megatron's own, 969,30,1" in found.notes
     # and this is what Megatron builds of it
