@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import rmoe_megablocks.megatron as megatron_package
+from rmoe_megablocks import process
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher import __main__ as launcher
-from rmoe_megablocks.launcher import agent, arguments, options, process, worker
+from rmoe_megablocks.launcher import agent, arguments, options, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "pretrain_rmoe.sh"
