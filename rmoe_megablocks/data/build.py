@@ -26,6 +26,7 @@ from rmoe_megablocks.data.errors import DataError
 from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
 from rmoe_megablocks.data.split import SPLITS, parse_split
 from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
+from rmoe_megablocks.process import progress_stream
 
 # what a dataset's folder may hold: its files, and Megatron's sample indices in folders named as the prefixes
 _OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx"))}
@@ -254,8 +255,13 @@ def _install(staging: Path, target: Path, spelling: str | Path, overwrite: bool)
 
 
 def _bar(what: str, total: int | None, progress: bool) -> tqdm:
-    # in a log file a bar is a line for each refresh
-    interval = 0.2 if sys.stderr.isatty() else 5.0
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # in a log file a bar is a line for each refresh
     return tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, mininterval=interval
+        desc=what,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        file=progress_stream(),
+        mininterval=interval,
     )
