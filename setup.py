@@ -15,7 +15,9 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     # torch_dist checkpoints import psutil; megatron-core does not declare it
     "psutil>=5.9",
+    # configuration files are YAML 1.2, which PyYAML reads with yamlcore
     "pyyaml>=6.0",
+    "yamlcore>=0.0.4",
     # megatron.training imports these three at start or for the default tokenizer and logs
     "sentencepiece>=0.2",
     "tqdm>=4.60",
@@ -42,7 +44,7 @@ setup(
     description="A layerwise recurrent (GRU) router for Megatron-Core mixture-of-experts models",
     license="Apache-2.0",
     packages=find_packages(include=["rmoe_megablocks", "rmoe_megablocks.*"]),
-    package_data={"rmoe_megablocks": ["data/corpus/*.xz"]},
+    package_data={"rmoe_megablocks": ["data/corpus/*.xz", "launcher/*.txt"]},
     python_requires=PYTHON_REQUIRES,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

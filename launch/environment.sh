@@ -54,7 +54,8 @@ def verdict(needs):
     megatron = read("megatron.core", "package_info.py", r"^(?:MAJOR|MINOR) = (\d+)")
     if megatron != "0.19":
         return "has megatron-core %s" % megatron if megatron else "has no megatron-core"
-    modules = {"numpy": "numpy", "psutil": "psutil", "pyyaml": "yaml", "sentencepiece": "sentencepiece", "tqdm": "tqdm"}
+    modules = {"numpy": "numpy", "psutil": "psutil", "pyyaml": "yaml", "yamlcore": "yamlcore"}
+    modules |= {"sentencepiece": "sentencepiece", "tqdm": "tqdm"}
     lacks = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
     for name in needs:
         try:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from typing import TextIO
 
 from rmoe_megablocks.errors import CommonError
 
@@ -46,6 +47,29 @@ def quiet_warnings(speaks: bool) -> None:
         warnings.simplefilter("ignore")
     expected = r"Transformer Engine and Apex are not|Apex is not|Only transformer-engine|Could not determine rank"
     warnings.filterwarnings("ignore", message=expected)
+
+
+class _Lines:
+    """A stream for progress bars: each refresh is a line, where a terminal would write over the last one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Writes what ``text`` shows, as a line of its own; nothing for what only moves the cursor."""
+        line = text.replace("\r", "").strip()
+        if line:
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        """Flushes the stream."""
+        self._stream.flush()
+
+
+def progress_stream(stream: TextIO | None = None) -> TextIO | _Lines:
+    """Where a progress bar goes: standard error, without carriage returns if that is a file and no terminal."""
+    stream = stream or sys.stderr
+    return stream if stream.isatty() else _Lines(stream)
 
 
 def report(message: object) -> None:

@@ -78,10 +78,21 @@ def test_versions_that_are_not_supported(only):
     assert checks.check_megatron().finding == "0.19.2 without megatron.training"
 
 
+def test_nothing_that_is_there_is_called_absent(only):
+    """A version beside the word absent makes one look for what is wrong with either."""
+    names = ("apex", "apex.optimizers", "transformer_engine", "megablocks_ops", "grouped_gemm")
+    only(modules=names, versions={name: "3.6.0" for name in ("triton", "megablocks", "transformer-engine")})
+    found = [checks.check_triton(False), checks.check_cuda(Torch(cuda="13.0")), checks.check_transformer_engine(False)]
+    found += [checks.check_apex(False), *checks.check_megablocks()]
+    assert [check.state for check in found] == ["unused", "unused", "ok", "unused", "ok", "ok", "ok"]
+    screen = report.text(Report(found, {}))
+    assert "unused  Triton" in screen and "absent" not in screen
+
+
 def test_the_two_kinds_of_apex(only):
     only(modules=["apex"])
     assert checks.check_apex(True) == Check(
-        "Apex", "absent", "another project of that name, not NVIDIA's", "pip uninstall apex"
+        "Apex", "unused", "another project of that name, not NVIDIA's", "pip uninstall apex"
     )
     only(modules=["apex", "apex.optimizers"])
     assert "without its compiled parts" in checks.check_apex(True).finding
@@ -93,13 +104,13 @@ def test_a_package_that_is_there_but_broken(only, monkeypatch):
     only(modules=["transformer_engine"], versions={"transformer-engine": "2.9"})
     monkeypatch.setattr(probes, "import_trouble", lambda module: "ImportError: undefined symbol")
     found = checks.check_transformer_engine(True)
-    assert (found.state, found.finding) == ("absent", "ImportError: undefined symbol") and found.fix
+    assert (found.state, found.finding) == ("broken", "ImportError: undefined symbol") and found.fix
 
 
 def test_a_toolkit_is_no_gpu(monkeypatch):
     monkeypatch.setattr(checks.shutil, "which", lambda name: "/opt/cuda/bin/nvcc")
     found = checks.check_cuda(Torch(cuda="13.0"))
-    assert found.state == "absent" and "/opt/cuda/bin/nvcc (not used: no GPU)" in found.finding
+    assert found.state == "unused" and "/opt/cuda/bin/nvcc (not used: no GPU)" in found.finding
     assert checks.check_cuda(Torch(cuda="13.0", gpus=["A100"])).state == "ok"
     monkeypatch.setattr(probes, "nvidia_devices", lambda: False)
     assert checks.check_gpus([]).fix == ""

@@ -28,6 +28,7 @@ from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMeta
 from rmoe_megablocks.data.sources import Inputs
 from rmoe_megablocks.data.split import SPLITS, parse_split
 from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
+from rmoe_megablocks.process import progress_stream
 
 # what a dataset's folder may hold: its files, and Megatron's sample indices in folders named as the prefixes
 _OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx"))}
@@ -274,7 +275,7 @@ def _bar(what: str, total: int | None, progress: bool, delay: float = 0) -> tqdm
         unit="B",
         unit_scale=True,
         disable=not progress,
-        file=sys.stderr,
+        file=progress_stream(),
         mininterval=0.2 if sys.stderr.isatty() else 5.0,  # in a log file a bar is a line for each refresh
         delay=delay,
     )

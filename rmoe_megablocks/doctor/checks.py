@@ -22,6 +22,7 @@ LIBRARIES = {
     "numpy": "numpy",
     "psutil": "psutil",
     "pyyaml": "yaml",
+    "yamlcore": "yamlcore",
     "sentencepiece": "sentencepiece",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
@@ -35,7 +36,8 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        state: "ok", "absent" (the main job does without), or "fault" (it does not).
+        state: "ok"; "fault" (the main job does not run); or, where it does without: "absent", "unused" (there, but of
+            no use here), "broken" (there, but it fails) or "low" (less than is good).
         finding: what was found, in a few words.
         fix: the command or step that mends it, empty where nothing needs to be mended.
     """
@@ -72,7 +74,7 @@ def check_cuda(torch: Torch) -> Check:
     if not torch.cuda:
         fix = "" if not probes.nvidia_devices() else f"RMOE_TORCH_SPEC=<a CUDA build of torch {TORCH}> {SET_UP}"
         return Check("CUDA", "absent", "torch is built without CUDA" + aside, fix)
-    return Check("CUDA", "ok" if torch.gpus else "absent", f"torch is built for {torch.cuda}" + aside)
+    return Check("CUDA", "ok" if torch.gpus else "unused", f"torch is built for {torch.cuda}" + aside)
 
 
 def check_gpus(gpus: Sequence[str]) -> Check:
@@ -83,7 +85,7 @@ def check_gpus(gpus: Sequence[str]) -> Check:
     if probes.nvidia_devices():
         return Check(
             "GPUs",
-            "absent",
+            "unused",
             "there is an NVIDIA device, but torch cannot use it",
             "compare the driver (nvidia-smi) with torch's CUDA; see CUDA_VISIBLE_DEVICES; in a container: --gpus all",
         )
@@ -126,12 +128,12 @@ def check_apex(gpu: bool) -> Check:
         fix = "not needed; NVIDIA's is built from github.com/NVIDIA/apex" if gpu else ""
         return Check("Apex", "absent", "not installed", fix)
     if not probes.there("apex.optimizers") and not probes.there("apex.multi_tensor_apply"):
-        return Check("Apex", "absent", "another project of that name, not NVIDIA's", "pip uninstall apex")
+        return Check("Apex", "unused", "another project of that name, not NVIDIA's", "pip uninstall apex")
     parts = [
         name for name in ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda") if probes.there(name)
     ]
     if not parts:
-        return Check("Apex", "absent", "NVIDIA's, without its compiled parts", "build it from github.com/NVIDIA/apex")
+        return Check("Apex", "unused", "NVIDIA's, without its compiled parts", "build it from github.com/NVIDIA/apex")
     return Check("Apex", "ok", f"NVIDIA's, with {', '.join(parts)}")
 
 
@@ -140,7 +142,7 @@ def check_triton(gpu: bool) -> Check:
     version = probes.version("triton")
     if version is None:
         return Check("Triton", "absent", "not installed", "pip install triton" if gpu else "")
-    return Check("Triton", "ok" if gpu else "absent", version if gpu else f"{version} (not used: no GPU)")
+    return Check("Triton", "ok" if gpu else "unused", version if gpu else f"{version} (not used: no GPU)")
 
 
 def check_megablocks() -> list[Check]:
@@ -183,7 +185,7 @@ def check_shared_memory(folder: Path) -> Check:
         return Check("shared memory", "ok", "no /dev/shm on this system")
     free = shutil.disk_usage(folder).free / GIB
     if free < 1:
-        return Check("shared memory", "absent", f"{free:.2f} GiB free", "docker run --shm-size=8g, or --ipc=host")
+        return Check("shared memory", "low", f"{free:.2f} GiB free", "docker run --shm-size=8g, or --ipc=host")
     return Check("shared memory", "ok", f"{free:.1f} GiB free")
 
 
@@ -201,5 +203,5 @@ def _optional(name: str, module: str, imported: str, distribution: str, fix: str
         return Check(name, "absent", "not installed" + (f": {without}" if without else ""), fix)
     trouble = probes.import_trouble(imported)
     if trouble:
-        return Check(name, "absent", trouble, fix or f"pip uninstall {distribution}")
+        return Check(name, "broken", trouble, fix or f"pip uninstall {distribution}")
     return Check(name, "ok", probes.version(distribution) or "installed")

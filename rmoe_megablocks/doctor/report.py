@@ -93,13 +93,16 @@ def features(checks: Sequence[Check], gpu: bool) -> dict[str, bool]:
     }
 
 
+def _mark(state: str) -> str:
+    return (state.upper() if state == "fault" else state).ljust(6)
+
+
 def text(report: Report) -> str:
     """The report as one screen."""
     width = max(len(check.name) for check in report.checks)
-    marks = {"ok": "ok    ", "absent": "absent", "fault": "FAULT "}
     lines = []
     for check in report.checks:
-        lines.append(f"{marks[check.state]}  {check.name.ljust(width)}  {check.finding}")
+        lines.append(f"{_mark(check.state)}  {check.name.ljust(width)}  {check.finding}")
         if check.fix:
             lines.append(f"{' ' * (width + 10)}-> {check.fix}")
     lines += ["", "gives"]

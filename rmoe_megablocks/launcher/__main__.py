@@ -6,13 +6,16 @@ One process that reads the configuration, checks the whole run before anything i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import shlex
 import socket
 import sys
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.launcher import options
 from rmoe_megablocks.launcher.arguments import resolve
 from rmoe_megablocks.launcher.supervise import run_agent
 from rmoe_megablocks.process import quiet_warnings, report
@@ -32,6 +35,12 @@ def main(argv: list[str]) -> int:
 
 
 def _launch(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(options.help_text(), end="")
+        return 0
+    word = options.parse(argv)[0].help_megatron
+    if word is not None:
+        return _help_megatron(word)
     run = resolve(argv)
     own = run.own
     _check_port(own)
@@ -40,14 +49,30 @@ def _launch(argv: list[str]) -> int:
     # late, because it imports torch, which reads the environment variables just set
     from rmoe_megablocks.megatron import datasets, preflight
 
-    plan = preflight.check(run.megatron, nproc_per_node=own.nproc_per_node, nnodes=own.nnodes)
+    with run.located_errors():
+        plan = preflight.check(run.megatron, nproc_per_node=own.nproc_per_node, nnodes=own.nnodes)
     nproc = plan.nproc_per_node
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // nproc))
     command = agent_command(own, nproc, ["--config", str(run.path), *run.typed])
     if own.dry_run:
         _print_plan(command, {**run.config.env, "OMP_NUM_THREADS": threads}, run.config.sources, run.megatron)
         return 0
+    if own.nnodes > 1:
+        _say_meeting(own)
     return run_agent(command, env={**os.environ, "OMP_NUM_THREADS": threads, datasets.CHECKED: "1"})
+
+
+def _help_megatron(word: str) -> int:
+    quiet_warnings(speaks=False)
+    # what Megatron and CPU mode say when they are imported is no help
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        from rmoe_megablocks.megatron import argument_help
+
+    text = argument_help.megatron(word)
+    if not text:
+        raise UsageError(f"--help-megatron {word}: no argument has that in its name or help")
+    print(text, end="")
+    return 0
 
 
 def agent_command(own: argparse.Namespace, nproc: int, worker_argv: list[str]) -> list[str]:
@@ -84,6 +109,18 @@ def _check_port(own: argparse.Namespace) -> None:
             if error.errno == errno.EACCES:
                 raise UsageError(f"port {port} needs privileges: choose one above 1023 with --master-port") from None
             raise
+
+
+def _say_meeting(own: argparse.Namespace) -> None:
+    """The machines wait for each other, for minutes if need be: say where, and what may keep them apart."""
+    port = own.master_port or DEFAULT_PORT
+    try:
+        socket.getaddrinfo(own.master_addr, port)
+        aside = ""
+    except OSError as error:
+        aside = f" (this machine does not know that name now: {error.strerror or error})"
+    line = f"rmoe: machine {own.node_rank} of {own.nnodes}: meeting the others at {own.master_addr}:{port}{aside}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _cores() -> int:

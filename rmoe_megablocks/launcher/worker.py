@@ -24,13 +24,10 @@ def main(argv: list[str]) -> int:
     try:
         if "-h" in argv or "--help" in argv:
             if rank == 0:
-                options.parser().print_help()
+                print(options.help_text(), end="")
             return 0
         run = resolve(argv)
-        if run.own.dry_run:
-            raise UsageError(
-                "--dry-run is for bash launch/pretrain_rmoe.sh: torchrun has started the processes already"
-            )
+        options.check_under_torchrun(run.own)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
         # torchrun passes a terminal's Ctrl-C on as SIGINT; Megatron saves a checkpoint on SIGTERM only
@@ -39,7 +36,8 @@ def main(argv: list[str]) -> int:
         quiet_warnings(speaks=rank == 0)
         from rmoe_megablocks.megatron import pretrain
 
-        return pretrain.main(run.megatron) or 0
+        with run.located_errors():
+            return pretrain.main(run.megatron) or 0
     except UsageError as error:
         report_from_rank(error)
         return 2

@@ -5,17 +5,20 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 
+from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import parser
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
+
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are a little longer
 
 
 def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -93,29 +96,25 @@ def _positive(text: str) -> int:
 
 
 def parse(argv: Sequence[str], add_arguments=add_run_arguments) -> argparse.Namespace:
-    """Parses ``argv`` with Megatron's parser and ours. Raises UsageError for what neither knows."""
+    """Parses ``argv`` with Megatron's parser and ours. Raises UsageError for what neither knows.
 
-    def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        def error(message: str) -> None:
-            raise UsageError(message)
+    Besides Megatron's arguments the result has ``explicit``, the names in ``argv``, ``argv``, checked (:mod:`.parser`),
+    and ``as_config``, the same as a configuration file spells it.
+    """
+    prepared: list[argparse.ArgumentParser] = []
 
-        parser = add_arguments(parser)
-        parser.error = error
-        return parser
+    def extra_args_provider(megatrons: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        own = parser.with_usage_errors(add_arguments(megatrons))
+        prepared.append(own)
+        sys.argv[1:] = parser.check(argv, own)  # what parse_args parses next
+        return own
 
-    with _program_arguments(argv):  # Megatron parses sys.argv
+    with program_arguments(argv):
         args = parse_args(extra_args_provider)
-    args.explicit = _named_options(argv)
+        args.argv = sys.argv[1:]
+    args.as_config = parser.as_config(args.argv, prepared[0], args)
+    args.explicit = _named_options(args.argv)
     return args
-
-
-@contextmanager
-def _program_arguments(argv: Sequence[str]):
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        yield
-    finally:
-        sys.argv = saved
 
 
 def _named_options(argv: Sequence[str]) -> set[str]:
@@ -341,11 +340,28 @@ def _refusals(args: argparse.Namespace):
     yield low_precision and moe_recompute, "--recompute-modules moe under fp8 or fp4", "use another --recompute-modules"
 
 
-def check_writable(folder: Path, option: str) -> None:
-    """Makes ``folder`` and proves that files can be made in it, on all ranks at once. Raises UsageError otherwise."""
+def check_writable(folder: Path, option: str, make: bool = True) -> None:
+    """Makes ``folder`` and proves that files can be made in it, on all ranks at once. Raises UsageError otherwise.
+
+    Without ``make`` the proof is done where ``folder`` would be, and leaves nothing behind.
+    """
+    place = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UsageError(f"{option}: cannot write to {folder} ({error.strerror})") from error
+
+
+def check_run_name(name: str) -> None:
+    """Refuses what is no folder's name. Raises UsageError."""
+    if "/" in name or name in (".", ".."):
+        raise UsageError(f"--run-name {name}: expected a name, not a path; --runs-dir names the folder of all runs")
+    if name != name.strip() or not name.isprintable():
+        raise UsageError(f"--run-name {name!r}: has blanks around it, or characters that cannot be shown")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise UsageError(f"--run-name {name[:40]}...: has {len(name.encode())} bytes, {_LONGEST_NAME} are the limit")

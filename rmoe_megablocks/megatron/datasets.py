@@ -53,12 +53,13 @@ class Data:
     notes: list[str]
 
 
-def choose(args: argparse.Namespace, reads_ids: bool) -> Data:
+def choose(args: argparse.Namespace, reads_ids: bool, scratch: Path | None = None) -> Data:
     """Completes Megatron's data and tokenizer arguments, from the embedded dataset where nothing is named.
 
     Args:
         args: parsed, not yet validated.
         reads_ids: whether this process reads whole datasets that say nothing about their ids.
+        scratch: a temporary folder for the embedded dataset, if it is not there yet.
 
     Raises:
         UsageError: the data is missing, named twice, damaged, too short, or holds ids that the model does not have.
@@ -76,7 +77,7 @@ def choose(args: argparse.Namespace, reads_ids: bool) -> Data:
         found = blends.read(args)
         notes = [f"--split is missing: Megatron's own, {args.split}"] if default else []
         return Data(None, None, notes + _check_blends(args, found, reads_ids))
-    return _prepared(args)
+    return _prepared(args, scratch)
 
 
 def evaluated_splits(metadata: data.DatasetMetadata) -> list[str]:
@@ -101,13 +102,15 @@ def _check_heeded(args: argparse.Namespace) -> None:
         raise UsageError("--multiple-validation-sets needs --full-validation")
 
 
-def _prepared(args: argparse.Namespace) -> Data:
+def _prepared(args: argparse.Namespace, scratch: Path | None) -> Data:
     if args.split is not None:
         raise UsageError(f"--split {args.split} cuts up --data-path; a prepared dataset is cut already: leave it out")
     if args.dataset:
         dataset = data.dataset_dir(args.dataset)
     else:
         dataset = Path(args.runs_dir) / "data" / "enwik8_1mb"
+        if scratch is not None and not dataset.exists():
+            dataset = scratch / dataset.name
         data.prepare_embedded(dataset)
     metadata = data.DatasetMetadata.load(dataset)
     _choose_tokenizer(args, dataset, metadata)

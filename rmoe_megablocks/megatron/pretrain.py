@@ -9,20 +9,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-import yaml
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import set_global_variables
 
-from rmoe_megablocks import data
+from rmoe_megablocks import data, yaml12
+from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.errors import CommonError
 from rmoe_megablocks.megatron import batches, datasets
 from rmoe_megablocks.megatron.checkpoints import compatibility, safety
 from rmoe_megablocks.megatron.monitoring import evaluation, nonfinite
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from rmoe_megablocks.megatron.monitoring.reporting import Reporter, megatron_output_to
+from rmoe_megablocks.megatron.preflight import check_devices
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import Run, resolve
 
@@ -39,8 +41,10 @@ def main(argv: Sequence[str]) -> int:
         UsageError: bad input, before training.
     """
     with contextlib.redirect_stdout(open(os.devnull, "w")):
+        check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "torchrun --nproc-per-node")
         run = resolve(argv)
-    with megatron_output_to(run.folder / "logs"):
+    # ft_integration parses the program's arguments again, which may be those of --config and what it takes back
+    with megatron_output_to(run.folder / "logs"), program_arguments(run.argv):
         return _train(run)
 
 
@@ -93,10 +97,14 @@ def _train(run: Run) -> int:
     try:
         run_megatron(args, on_model)
     except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
+        if not reporters:
+            reason = f"exit code {exit.code or 0}" if not isinstance(exit.code, str) else exit.code
+            log = run.folder / "logs" / "rank0.log"
+            raise CommonError(
+                f"Megatron ended the run before its first iteration ({reason}); its log is {log}"
+            ) from exit
         reporters[0].close()
-        reporters[0].say(
-            f"stopped after iteration {reporters[0].iteration}: checkpoint in {args.save}; the same command resumes"
-        )
+        reporters[0].say(f"stopped after iteration {reporters[0].iteration}: {_resume_from(args)}")
         return exit.code or 0
     except nonfinite.NonFiniteError as error:
         return _stopped(error, reporters[0], args)
@@ -118,6 +126,12 @@ def _stopped(error: nonfinite.NonFiniteError, reporter: Reporter, args: argparse
     return 1
 
 
+def _resume_from(args: argparse.Namespace) -> str:
+    if args.save is None:
+        return "nothing was saved, as --no-checkpoints asks; the same command starts from the beginning"
+    return f"checkpoint in {args.save}; the same command resumes"
+
+
 def _resumes_from(args: argparse.Namespace) -> str:
     for folder in (args.save, args.load):
         iteration = compatibility.latest_iteration(folder)
@@ -134,7 +148,7 @@ def _announce(reporter: Reporter, run: Run) -> None:
     experts = f", {args.moe_backend} experts" if args.num_experts else ""
     reporter.say(f"{args.run_name}: {args.moe_router_type} router{experts}, {layout(args)}; files in {run.folder}")
     if torch.distributed.get_rank() == 0:
-        (run.folder / "config.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": run.config}, sort_keys=False))
+        (run.folder / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": run.config}))
         (run.folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=2, sort_keys=True))
 
 

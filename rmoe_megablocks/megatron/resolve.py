@@ -28,7 +28,8 @@ class Run:
         dataset: folder of the prepared dataset, None for Megatron's own data arguments without one.
         metadata: of the dataset; bits per byte need its byte counts.
         notes: lines to tell the user.
-        config: MODEL_ARGS that start the same run.
+        argv: the arguments as Megatron parses them.
+        config: the same as MODEL_ARGS, which start the same run.
     """
 
     args: argparse.Namespace
@@ -36,15 +37,17 @@ class Run:
     dataset: Path | None
     metadata: data.DatasetMetadata | None
     notes: list[str]
+    argv: list[str]
     config: dict[str, object]
 
 
-def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
+def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | None = None) -> Run:
     """Parses and completes ``argv`` and checks everything that can be checked without building a model.
 
     Args:
         argv: Megatron's arguments and ours.
         world_size: number of processes, None to take what torchrun says.
+        scratch: a temporary folder for the embedded dataset, if it is not there yet: no other folder is made then.
 
     Raises:
         UsageError: one clear line.
@@ -59,30 +62,20 @@ def resolve(argv: Sequence[str], world_size: int | None = None) -> Run:
     arguments.check_router_arguments(args)
     if args.num_experts:
         arguments.check_available(args)
+    arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
-    _choose_folders(args, folder)
+    _choose_folders(args, folder, make=scratch is None)
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
-    chosen = datasets.choose(args, datasets.reads_ids_here(world_size))
+    chosen = datasets.choose(args, datasets.reads_ids_here(world_size), scratch)
     compatibility.check_router_matches(args)
     arguments.validate(args)
     resharding.check_optimizer_layout(args)
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note) + chosen.notes
-    del args.explicit
-    return Run(args, folder, chosen.dataset, chosen.metadata, notes, _as_config(argv))
-
-
-def _as_config(argv: Sequence[str]) -> dict[str, object]:
-    """The arguments as a configuration file spells them; the last of a repeated one, as the parser takes it."""
-    options: dict[str, list[str]] = {}
-    for word in argv:
-        if word.startswith("--"):
-            name, _, value = word.partition("=")
-            options[name] = values = [value] if value else []
-        else:
-            values.append(word)
-    return {name: values if len(values) > 1 else values[0] if values else True for name, values in options.items()}
+    run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config)
+    del args.explicit, args.argv, args.as_config  # Megatron saves its arguments with every checkpoint
+    return run
 
 
 def check_world_size(args: argparse.Namespace) -> None:
@@ -97,13 +90,13 @@ def check_world_size(args: argparse.Namespace) -> None:
         )
 
 
-def _choose_folders(args: argparse.Namespace, folder: Path) -> None:
-    arguments.check_writable(folder, "--runs-dir")
+def _choose_folders(args: argparse.Namespace, folder: Path, make: bool) -> None:
+    arguments.check_writable(folder, "--runs-dir", make)
     if args.no_checkpoints:
         args.save = None
     else:
         args.save = args.save or str(folder / "checkpoints")
-        arguments.check_writable(Path(args.save), "--save")
+        arguments.check_writable(Path(args.save), "--save", make)
     if args.save_interval is None:
         args.save_interval = args.train_iters or 1000
     if args.eval_interval is None:

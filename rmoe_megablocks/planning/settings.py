@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.data import DataError, DatasetMetadata
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.launcher.config import groups_of
 
 #: Options with one value, and Megatron 0.19's defaults (training/arguments.py and the dataclasses in
 #: training/config and core/transformer/transformer_config.py, from which it makes its parser). A test compares them
@@ -274,7 +274,13 @@ def _options(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = group[0].partition("=")
         if not name.startswith("--"):
             raise UsageError(f"{name!r} is not an argument (expected --name value)")
-        result[name] = [value] if equals else group[1:]
+        result.pop(name, None)
+        if (equals and value == "null") or (name in FLAGS and value == "false"):
+            continue  # what it would take back is not there
+        values = [value, *group[1:]] if equals else group[1:]
+        if name in FLAGS and values not in ([], ["true"]):
+            raise UsageError(f"{name} takes no value, found {' '.join(values)!r}")
+        result[name] = values
     return result
 
 

@@ -1,5 +1,6 @@
 """The entry script as Bash and as Python, and what the launcher and a worker do with their arguments."""
 
+import io
 import os
 import socket
 import subprocess
@@ -9,12 +10,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import rmoe_megablocks.megatron as megatron_package
 from rmoe_megablocks import process
-from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.errors import UnknownArgument, UsageError
 from rmoe_megablocks.launcher import __main__ as launcher
-from rmoe_megablocks.launcher import agent, arguments, options, worker
+from rmoe_megablocks.launcher import agent, arguments, naming, options, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "pretrain_rmoe.sh"
@@ -26,6 +28,28 @@ def test_help_answers_both_ways_from_any_folder(command, tmp_path):
     done = subprocess.run([*command, str(ENTRY), "--help"], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--config FILE" in done.stdout and "torchrun" in done.stdout
+
+
+def test_help_is_one_narrow_page_of_our_own_arguments(capsys):
+    assert launcher.main(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    for words in ("--moe-router-type {linear,gru}", "(default 128)", "--run-name", "--help-megatron WORD"):
+        assert words in page, words
+    assert "torch" not in options.__dict__
+
+
+def test_help_on_megatrons_arguments(capfd):
+    assert launcher.main(["--help-megatron", "WARMUP-frac"]) == 0
+    out = capfd.readouterr().out
+    assert out.splitlines()[0] == "learning rate and weight decay:" and "--lr-warmup-fraction" in out
+    assert launcher.main(["--help-megatron"]) == 0
+    out = capfd.readouterr().out
+    assert len(out.splitlines()) > 2000 and "--moe-router-type" in out and "--num-layers" in out
+    assert launcher.main(["--help-megatron", "warm up the oven"]) == 2
+    assert capfd.readouterr().err == (
+        "rmoe: error: --help-megatron warm up the oven: no argument has that in its name or help\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["bash"], [sys.executable]], ids=["bash", "python"])
@@ -134,6 +158,57 @@ def test_errors_of_the_launcher(checked, started, config, capsys, argv, message)
     assert started == []
 
 
+def test_an_error_says_which_line_of_which_file_it_is_about(checked, started, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("MODEL_ARGS:\n  --seed: 1\n  --wrong: true")
+    assert launcher.main(["--config", str(path)]) == 2
+    assert capsys.readouterr().err == f"rmoe: error: --wrong is wrong (--wrong: {path}, line 3)\n"
+    assert launcher.main(["--config", str(path), "--wrong"]) == 2
+    assert capsys.readouterr().err == "rmoe: error: --wrong is wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (
+            "{path}",
+            "'{path}' is not an argument (expected --name value); a configuration file is named by --config {path}",
+        ),
+        ("x --seed 1", "'x' is not an argument (expected --name value)"),
+        ("--save null", "--save null: write --save=null to take back what the configuration says"),
+        ("--config=", "--config is empty: name a file (an unset shell variable?)"),
+    ],
+)
+def test_what_is_typed_and_not_meant(checked, started, config, capsys, typed, message):
+    argv = ["--config", str(config), *typed.format(path=config).split()]
+    assert launcher.main(argv) == 2
+    assert capsys.readouterr().err == f"rmoe: error: {message.format(path=config)}\n"
+    assert checked == []
+
+
+def test_a_misspelt_option_of_the_launcher_is_told_from_megatrons(config):
+    run = arguments.resolve(["--config", str(config), "--dry-rum"])
+    with pytest.raises(UsageError, match=r"^unrecognized arguments: --dry-rum \(did you mean --dry-run\?\)$"):
+        with run.located_errors():
+            raise UnknownArgument("--dry-rum", "--dry-rum", ["--seed", "--dry-up"])
+
+
+def test_several_machines_say_where_they_meet(checked, started, config, capsys):
+    layout = ["--nnodes", "2", "--node-rank", "1", "--master-port", "29511", "--master-addr"]
+    assert launcher.main(["--config", str(config), *layout, "127.0.0.1"]) == 0
+    assert capsys.readouterr().err == "rmoe: machine 1 of 2: meeting the others at 127.0.0.1:29511\n"
+    assert launcher.main(["--config", str(config), *layout, "no.such.host.invalid"]) == 0
+    assert "(this machine does not know that name now: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["--nproc-per-node=2", "--node_rank 0", "--master-port 29511", "--dry-run"])
+def test_under_torchrun_the_layout_is_torchruns(trained, config, capsys, layout):
+    assert worker.main(["--config", str(config), *layout.split()]) == 2
+    name = layout.replace("=", " ").split()[0].replace("_", "-")
+    assert capsys.readouterr().err.startswith(f"rmoe: error: {name} ")
+    assert trained == []
+
+
 def test_a_port_in_use_is_told_at_once(checked, started, config, capsys):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -223,8 +298,43 @@ def test_the_launchers_options_do_not_take_megatrons():
         ("--save x --log-interval 5 --runs-dir=y --lr 1", "run-lr-1"),
         ("--ckpt-step 4 --async-save --no-verify-integrity --lr 1", "run-lr-1"),
         ("--run-name mine --lr 1", "mine"),
+        ("--lr -1", "run-lr--1"),
+        ("--dataset data/enwik8", "run-dataset-data+enwik8"),
     ],
 )
 def test_a_run_is_named_after_what_makes_it(started, config, typed, name):
     megatron = arguments.resolve(["--config", str(config), *typed.split()]).megatron
     assert [megatron[i + 1] for i, token in enumerate(megatron) if token == "--run-name"] == [name]
+
+
+def test_names_that_cannot_say_everything_end_in_a_digest():
+    path = Path("configs/tiny.yaml")
+    names = [naming.run_name(path, ["--data-path", word]) for word in ("a/b", "a_b", "a+b", "a b", "a:b", "a//b")]
+    assert names[:2] == ["tiny-data-path-a+b", "tiny-data-path-a_b"]
+    assert len(set(names)) == len(names)
+
+
+def test_long_names_are_cut_at_a_word():
+    words = [
+        "--moe-router-rnn-hidden-size",
+        "128",
+        "--moe-router-load-balancing-type",
+        "seq_aux_loss",
+        "--lr",
+        "0.0003",
+    ]
+    name = naming.run_name(Path("rmoe_enwik8_small.yaml"), [*words, "--adam-beta2", "0.98"])
+    cut, _, digest = name.rpartition("-")
+    assert cut == "rmoe_enwik8_small-moe-router-rnn-hidden-size-128-moe-router-load-balancing-type-seq_aux_loss-lr"
+    assert len(digest) == 12
+    assert name != naming.run_name(Path("rmoe_enwik8_small.yaml"), [*words, "--adam-beta2", "0.99"])
+
+
+def test_progress_in_a_log_file_is_lines():
+    stream = io.StringIO()
+    with tqdm(total=2, desc="reading", file=process.progress_stream(stream), mininterval=0, miniters=1) as bar:
+        bar.update(1)
+        bar.update(1)
+    lines = stream.getvalue().splitlines()
+    assert "\r" not in stream.getvalue() and all(line.startswith("reading: ") for line in lines)
+    assert [line.split("|")[0] for line in lines][:3] == ["reading:   0%", "reading:  50%", "reading: 100%"]
