@@ -1,17 +1,19 @@
 """Packaging of rmoe_megablocks.
 
-The requirements live here and nowhere else: launch/environment.sh takes a checksum of the block between the two
-markers to decide whether an environment it made is still the right one.
+Lower bounds alone: installed into somebody's environment, it must not replace the torch or Megatron that is there.
+launch/environment.sh, which makes an environment of its own, pins both, and takes a checksum of the block between the
+two markers to decide whether an environment it made is still the right one.
 """
 
 from setuptools import find_packages, setup
 
 # >>> requirements
-PYTHON_REQUIRES = ">=3.12,<3.13"
+PYTHON_REQUIRES = ">=3.12"
 
 INSTALL_REQUIRES = [
-    "torch>=2.11,<2.12",
-    "megatron-core>=0.19.2,<0.20",
+    # a0: a container's build, as 2.9.0a0+abc.nv25.9 or 0.19.0rc0, counts as older than the release
+    "torch>=2.9.0a0",
+    "megatron-core>=0.19.0a0",
     "numpy>=1.26",
     # torch_dist checkpoints import psutil; megatron-core does not declare it
     "psutil>=5.9",

@@ -5,13 +5,15 @@
 #   bash launch/environment.sh    sets up, says which Python it is
 #
 # The first of these that is fit is taken:
-#   1. the active Python ($PYTHON, a virtual environment, conda, a container's), if it has torch, megatron-core and
-#      the few libraries beside them: it is used as it is, and nothing is installed into it;
+#   1. the active Python ($PYTHON, a virtual environment, conda, a container's), if it has torch, megatron-core (or a
+#      Megatron-LM checkout on its path) and the few libraries beside them, in releases that
+#      rmoe_megablocks/compat/versions.py takes: it is used as it is, and nothing is installed into it;
 #   2. .venv in the repository, if complete;
-#   3. a new .venv, made with a Python 3.12 found on this machine.
+#   3. a new .venv, made with a Python 3.12 or 3.13 found on this machine, with the releases pinned below.
 #
 # Variables: PYTHON           the Python to use (1.) or to make .venv with (3.)
 #            RMOE_TORCH_SPEC  what pip installs as torch (default torch==2.11.0; a path to a wheel will do)
+#            RMOE_MEGATRON_SPEC  and as Megatron (default megatron-core~=0.19.2)
 #            PIP_INDEX_URL    and pip's other settings: where packages come from
 #            RMOE_NEEDS       further distributions the environment must have (tests/run.sh: pytest ruff ...)
 # Result:    RMOE_PYTHON, and PATH and PYTHONPATH where needed. No "set -e" here: this may be somebody's terminal.
@@ -22,37 +24,31 @@ _rmoe_stamp=$_rmoe_venv/.rmoe-complete # written last: its presence and content 
 _rmoe_building=$_rmoe_venv/.rmoe-building # present while a set-up runs, and after one that was interrupted
 _rmoe_log=$_rmoe_venv/setup.log
 
+_rmoe_torch=torch==2.11.0
+_rmoe_megatron=megatron-core~=0.19.2
+
 _rmoe_say() { printf 'rmoe: %s\n' "$*" >&2; }
 
 # Prints "ok EXECUTABLE" (behind a shim), "lacks NAME ..." (besides torch and megatron-core) or why it is not fit.
 # Looks at metadata and files only: importing torch takes seconds.
 _rmoe_probe() {
-    "$1" - "${RMOE_NEEDS:-}" 2>/dev/null <<'PYTHON'
+    "$1" - "${RMOE_NEEDS:-}" "$_rmoe_root/rmoe_megablocks/compat/versions.py" 2>/dev/null <<'PYTHON'
 import importlib.metadata
 import importlib.util
-import os
-import re
+import runpy
 import sys
 
 
-def read(module, name, pattern):
-    """A version in a package's own file: a container's build may come without metadata."""
-    try:
-        spec = importlib.util.find_spec(module)
-        with open(os.path.join(os.path.dirname(spec.origin), name)) as file:
-            return ".".join(re.findall(pattern, file.read(), re.M)[0:2])
-    except (ImportError, AttributeError, TypeError, ValueError, OSError):
-        return None
-
-
-def verdict(needs):
-    if sys.version_info[:2] != (3, 12):
-        return "is Python %d.%d" % sys.version_info[:2]
-    torch = read("torch", "version.py", r"^__version__ = ['\"](\d+\.\d+)")
-    if torch != "2.11":
+def verdict(needs, versions):
+    python = "%d.%d" % sys.version_info[:2]
+    if versions["is_older"](python, versions["PYTHON"]):
+        return "is Python " + python
+    torch = versions["torch_version"]()
+    if versions["is_older"](torch, versions["TORCH"]):
         return "has torch %s" % torch if torch else "has no torch"
-    megatron = read("megatron.core", "package_info.py", r"^(?:MAJOR|MINOR) = (\d+)")
-    if megatron != "0.19":
+    folder = versions["megatron_folder"]()
+    megatron = folder and versions["megatron_version"](folder)
+    if versions["is_older"](megatron, versions["MEGATRON"]):
         return "has megatron-core %s" % megatron if megatron else "has no megatron-core"
     modules = {"numpy": "numpy", "psutil": "psutil", "pyyaml": "yaml", "yamlcore": "yamlcore"}
     modules |= {"sentencepiece": "sentencepiece", "tqdm": "tqdm"}
@@ -65,7 +61,7 @@ def verdict(needs):
     return "lacks " + " ".join(lacks) if lacks else "ok " + sys.executable
 
 
-print(verdict(sys.argv[1].split()))
+print(verdict(sys.argv[1].split(), runpy.run_path(sys.argv[2])))
 PYTHON
 }
 
@@ -85,7 +81,7 @@ _rmoe_active_python() {
 _rmoe_fingerprint() {
     {
         sed -n '/^# >>> requirements/,/^# <<< requirements/p' "$_rmoe_root/setup.py"
-        printf '%s\n' "${RMOE_TORCH_SPEC:-}"
+        printf '%s\n' "${RMOE_TORCH_SPEC:-$_rmoe_torch}" "${RMOE_MEGATRON_SPEC:-$_rmoe_megatron}"
         sed -n 's/^version *= *//p' "$_rmoe_venv/pyvenv.cfg" 2>/dev/null
     } | cksum
 }
@@ -100,36 +96,38 @@ _rmoe_venv_complete() {
     fi
 }
 
-_rmoe_is_312() {
-    [ -n "$1" ] && "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
+_rmoe_is_python() {
+    [ -n "$1" ] && "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))' >/dev/null 2>&1
 }
 
-# Prints a Python 3.12. Each candidate is asked: pyenv's python3.12 is a shim that exists without answering.
+# Prints a Python 3.12 or 3.13. Each candidate is asked: pyenv's python3.12 is a shim that exists without answering.
 _rmoe_find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.12; do
-        if _rmoe_is_312 "$candidate"; then
+    for candidate in "${PYTHON:-}" python3.12 python3.13; do
+        if _rmoe_is_python "$candidate"; then
             command -v -- "$candidate"
             return
         fi
     done
     if command -v pyenv >/dev/null; then
-        for candidate in "$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python; do
-            if _rmoe_is_312 "$candidate"; then
+        for candidate in "$(pyenv root 2>/dev/null)"/versions/3.1[23]*/bin/python; do
+            if _rmoe_is_python "$candidate"; then
                 printf '%s\n' "$candidate"
                 return
             fi
         done
     fi
     if command -v uv >/dev/null; then
-        candidate=$(uv python find 3.12 2>/dev/null)
-        if _rmoe_is_312 "$candidate"; then
-            printf '%s\n' "$candidate"
-            return
-        fi
+        for candidate in 3.12 3.13; do
+            candidate=$(uv python find "$candidate" 2>/dev/null)
+            if _rmoe_is_python "$candidate"; then
+                printf '%s\n' "$candidate"
+                return
+            fi
+        done
     fi
     for candidate in python3 python; do
-        if _rmoe_is_312 "$candidate"; then
+        if _rmoe_is_python "$candidate"; then
             command -v -- "$candidate"
             return
         fi
@@ -145,15 +143,16 @@ _rmoe_failed() {
 
 _rmoe_build() {
     local base
-    if [ -e "$_rmoe_building" ] || ! _rmoe_is_312 "$_rmoe_venv/bin/python"; then
+    if [ -e "$_rmoe_building" ] || ! _rmoe_is_python "$_rmoe_venv/bin/python"; then
         if [ -e "$_rmoe_venv" ] && [ ! -e "$_rmoe_building" ] && [ ! -e "$_rmoe_stamp" ]; then
-            _rmoe_say "error: $_rmoe_venv is there, but is no Python 3.12 environment: move it away, or activate yours"
+            _rmoe_say "error: $_rmoe_venv is there, but is no environment of Python 3.12 or 3.13: move it away," \
+                "or activate yours"
             return 1
         fi
         # An interrupted pip can leave packages that look installed, so the set-up starts afresh (from pip's cache).
         if ! base=$(_rmoe_find_python); then
-            _rmoe_say "error: no Python 3.12 found (looked at \$PYTHON, python3.12, pyenv, uv, python3): install it" \
-                "with your package manager, 'pyenv install 3.12' or 'uv python install 3.12', or name one in PYTHON"
+            _rmoe_say "error: no Python 3.12 or 3.13 found (looked at \$PYTHON, python3.12, python3.13, pyenv, uv, python3):" \
+                "install one with your package manager, 'pyenv install 3.12' or 'uv python install 3.12', or name it in PYTHON"
             return 1
         fi
         _rmoe_say "making .venv with $("$base" --version 2>&1) ($base)"
@@ -170,7 +169,7 @@ _rmoe_build() {
     rm -f -- "$_rmoe_stamp"
     _rmoe_say "installing torch, megatron-core and the rest (several minutes the first time; log: $_rmoe_log)"
     if ! (cd -- "$_rmoe_root" && "$_rmoe_venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        "${RMOE_TORCH_SPEC:-torch==2.11.0}" -e ".[test]") >>"$_rmoe_log" 2>&1; then
+        "${RMOE_TORCH_SPEC:-$_rmoe_torch}" "${RMOE_MEGATRON_SPEC:-$_rmoe_megatron}" -e ".[test]") >>"$_rmoe_log" 2>&1; then
         _rmoe_failed "pip could not install the requirements"
         return 1
     fi

@@ -70,9 +70,9 @@ def test_an_empty_machine(only, check, state, words):
 
 
 def test_versions_that_are_not_supported(only):
-    only(versions={"torch": "2.10.0", "megatron-core": "0.16.0"})
-    assert "2.10.0, but 2.11" in checks.check_torch(Torch()).finding
-    assert "0.16.0, but 0.19" in checks.check_megatron().finding
+    only(versions={"torch": "2.8.0", "megatron-core": "0.16.0"})
+    assert "2.8.0, but 2.9 to 2.15" in checks.check_torch(Torch()).finding
+    assert "0.16.0, but 0.19 to 0.20" in checks.check_megatron().finding
     only(versions={"torch": "2.11.0", "megatron-core": "0.19.2"})
     assert checks.check_torch(Torch(trouble="ImportError: libcudart")).state == "fault"
     assert checks.check_megatron().finding == "0.19.2 without megatron.training"
@@ -87,6 +87,17 @@ def test_nothing_that_is_there_is_called_absent(only):
     assert [check.state for check in found] == ["unused", "unused", "ok", "unused", "ok", "ok", "ok"]
     screen = report.text(Report(found, {}))
     assert "unused  Triton" in screen and "absent" not in screen
+
+
+def test_versions_that_are_newer_or_a_containers(only, monkeypatch):
+    only(modules=["megatron.training"], versions={"torch": "2.11.0a0+abc.nv25.10", "megatron-core": "0.21.0"})
+    assert checks.check_torch(Torch()) == Check("torch", "ok", "2.11.0a0+abc.nv25.10")
+    assert checks.check_megatron() == Check("Megatron-Core", "ok", "0.21.0 (never tried: 0.19 to 0.20 were)")
+    monkeypatch.setattr(checks.self_check, "missing_names", lambda folder: ["megatron.core:a (x)", "megatron.core:b"])
+    assert checks.check_megatron().finding == "0.21.0 lacks megatron.core:a (x) and 1 more"
+    only(versions={"torch": "2.16.0"})
+    assert checks.check_torch(Torch()).finding == "2.16.0 (never tried: 2.9 to 2.15 were)"
+    assert checks.check_python((3, 13, 1)).state == "ok"
 
 
 def test_the_two_kinds_of_apex(only):

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmoe_megablocks.compat.megatron_version import SUPPORTED as MEGATRON
+from rmoe_megablocks.compat import self_check, versions
 from rmoe_megablocks.doctor import probes
 from rmoe_megablocks.doctor.probes import Torch
 
-TORCH = "2.11"
-PYTHON = (3, 12)
 SET_UP = "bash launch/environment.sh"
 #: What the main job imports besides torch and Megatron-Core, as setup.py has it.
 LIBRARIES = {
@@ -28,6 +26,7 @@ LIBRARIES = {
     "tqdm": "tqdm",
 }
 GIB = 2**30
+Bounds = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ class Check:
 
 
 def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Check:
-    """Python's version, which has to be the supported one."""
+    """Python's version, which has to be a supported one."""
     found = ".".join(map(str, version))
-    if version[:2] == PYTHON:
-        return Check("Python", "ok", f"{found} ({sys.executable})")
-    wanted = ".".join(map(str, PYTHON))
-    return Check("Python", "fault", f"{found}, but {wanted} is supported", f"install Python {wanted}, then {SET_UP}")
+    trouble = _trouble(found, versions.PYTHON)
+    lowest = ".".join(map(str, versions.PYTHON[0]))
+    if trouble:
+        return Check("Python", "fault", trouble, f"install Python {lowest}, then {SET_UP}")
+    return Check("Python", "ok", f"{found} ({sys.executable}){_untried(found, versions.PYTHON)}")
 
 
 def check_torch(torch: Torch) -> Check:
@@ -62,9 +62,10 @@ def check_torch(torch: Torch) -> Check:
     version = probes.version("torch")
     if version is None:
         return Check("torch", "fault", "not installed", SET_UP)
-    if not version.startswith(TORCH + "."):
-        return Check("torch", "fault", f"{version}, but {TORCH} is supported", SET_UP)
-    return Check("torch", "fault", torch.trouble, SET_UP) if torch.trouble else Check("torch", "ok", version)
+    trouble = _trouble(version, versions.TORCH) or torch.trouble
+    if trouble:
+        return Check("torch", "fault", trouble, SET_UP)
+    return Check("torch", "ok", version + _untried(version, versions.TORCH))
 
 
 def check_cuda(torch: Torch) -> Check:
@@ -72,7 +73,7 @@ def check_cuda(torch: Torch) -> Check:
     toolkit = shutil.which("nvcc") or (os.environ.get("CUDA_HOME") or "")
     aside = f"; toolkit at {toolkit}" + ("" if torch.gpus else " (not used: no GPU)") if toolkit else ""
     if not torch.cuda:
-        fix = "" if not probes.nvidia_devices() else f"RMOE_TORCH_SPEC=<a CUDA build of torch {TORCH}> {SET_UP}"
+        fix = "" if not probes.nvidia_devices() else f"RMOE_TORCH_SPEC=<a CUDA build of torch> {SET_UP}"
         return Check("CUDA", "absent", "torch is built without CUDA" + aside, fix)
     return Check("CUDA", "ok" if torch.gpus else "unused", f"torch is built for {torch.cuda}" + aside)
 
@@ -95,14 +96,20 @@ def check_gpus(gpus: Sequence[str]) -> Check:
 def check_megatron() -> Check:
     """Megatron-Core: a supported release, with its training loop."""
     version = probes.version("megatron-core")
-    fix = f"pip install 'megatron-core~={MEGATRON}.0'"
+    fix = f"pip install 'megatron-core~={'.'.join(map(str, versions.MEGATRON[0]))}.0'"
     if version is None:
         return Check("Megatron-Core", "fault", "not installed", fix)
-    if not version.startswith(MEGATRON + "."):
-        return Check("Megatron-Core", "fault", f"{version}, but {MEGATRON} is supported", fix)
+    trouble = _trouble(version, versions.MEGATRON)
+    if trouble:
+        return Check("Megatron-Core", "fault", trouble, fix)
     if not probes.there("megatron.training"):
         return Check("Megatron-Core", "fault", f"{version} without megatron.training", fix)
-    return Check("Megatron-Core", "ok", version)
+    folder = versions.megatron_folder()
+    missing = self_check.missing_names(folder) if folder else []
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        return Check("Megatron-Core", "fault", f"{version} lacks {missing[0]}{more}", fix)
+    return Check("Megatron-Core", "ok", version + _untried(version, versions.MEGATRON))
 
 
 def check_libraries() -> list[Check]:
@@ -205,3 +212,11 @@ def _optional(name: str, module: str, imported: str, distribution: str, fix: str
     if trouble:
         return Check(name, "broken", trouble, fix or f"pip uninstall {distribution}")
     return Check(name, "ok", probes.version(distribution) or "installed")
+
+
+def _trouble(version: str, bounds: Bounds) -> str:
+    return f"{version}, but {versions.text(bounds)} are supported" if versions.is_older(version, bounds) else ""
+
+
+def _untried(version: str, bounds: Bounds) -> str:
+    return f" (never tried: {versions.text(bounds)} were)" if versions.is_newer(version, bounds) else ""

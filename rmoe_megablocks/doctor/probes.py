@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmoe_megablocks.compat import versions
+
 _IMPORT_SECONDS = 120
 _LOOPBACK_SECONDS = 120
 
@@ -26,7 +28,15 @@ class Torch:
 
 
 def version(distribution: str) -> str | None:
-    """The version of an installed distribution, None if it is not installed."""
+    """The version of an installed distribution, None if it is not installed.
+
+    torch and Megatron-Core are asked by their own files: a container's build and a checkout may have no metadata.
+    """
+    if distribution == "torch":
+        return versions.torch_version()
+    if distribution == "megatron-core":
+        folder = versions.megatron_folder()
+        return folder and versions.megatron_version(folder)
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

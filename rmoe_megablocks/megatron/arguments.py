@@ -13,7 +13,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import parser
+from rmoe_megablocks.megatron import parser, unproven
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
@@ -199,7 +199,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     if not recurrent:
         return
     check_available(args)
-    for refused, option, instead in _refusals(args):
+    for refused, option, instead in (*_refusals(args), *unproven.refusals(args)):
         if refused:
             raise UsageError(f"--moe-router-type {args.moe_router_type} does not work with {option}: {instead}")
     stages = args.pipeline_model_parallel_size * _virtual_stages(args)

@@ -4,13 +4,14 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from rmoe_megablocks.compat import megatron_script_hooks
+from rmoe_megablocks.compat import megatron_cpu, megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
@@ -33,6 +34,7 @@ def with_router_arguments(provider: AddArguments | None = None) -> AddArguments:
     """An ``extra_args_provider`` that adds the router's arguments to those of the script's own ``provider``."""
 
     def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        _make_fit_for_cpu()
         if provider is not None:
             parser = provider(parser)
         if "--moe-router-type" in parser._option_string_actions:  # a patched script in the wrapper
@@ -40,6 +42,18 @@ def with_router_arguments(provider: AddArguments | None = None) -> AddArguments:
         return arguments.add_router_arguments(parser)
 
     return add_arguments
+
+
+def _make_fit_for_cpu() -> None:
+    """In CPU mode gives a command line that was written for a GPU the arguments that it needs, and says so.
+
+    Megatron parses ``sys.argv``, some of its parts (as ft_integration) again, after this was called for the first one.
+    """
+    if not megatron_cpu.active():
+        return
+    sys.argv[1:], note = megatron_cpu.supply(sys.argv[1:])
+    if note and os.environ.get("RANK", "0") == "0":
+        print(note, flush=True)
 
 
 def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> None:
@@ -103,7 +117,7 @@ def _check_model(model_config: object) -> None:
     if get_router_type(args.moe_router_type).recurrent and not _is_prepared(model_config):
         raise UsageError(
             f"--moe-router-type {args.moe_router_type}: {sys.argv[0]} does not build its model with "
-            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 does, so the router cannot be put in"
+            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 and later does, so the router cannot be put in"
         )
 
 

@@ -3,18 +3,19 @@
     python -m rmoe_megablocks.megatron.run pretrain_gpt.py ARGUMENTS --moe-router-type gru
     torchrun TORCHRUN-ARGUMENTS -m rmoe_megablocks.megatron.run pretrain_gpt.py ARGUMENTS --moe-router-type gru
 
-The script is any that builds its model as pretrain_gpt.py of Megatron-Core 0.19 does: parse_and_validate_args,
-gpt_config_from_args, pretrain. It gets the router's arguments (--moe-router-type, --moe-router-rnn-...) and nothing
+The script is any that builds its model as pretrain_gpt.py of Megatron-Core 0.19 and later does:
+parse_and_validate_args, gpt_config_from_args, pretrain. It gets the router's arguments (--moe-router-type, --moe-router-rnn-...) and nothing
 else: without --moe-router-type it trains as it always did. Megatron is the one beside the script where its folder is
-a checkout, else the installed one. patches/megatron-lm has the same as a patch of pretrain_gpt.py.
+a checkout, else the installed one. In CPU mode the script gets the arguments that a GPU's lack, and a line says which.
+patches/megatron-lm has the same as a patch of pretrain_gpt.py.
 """
 
-import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rmoe_megablocks.compat import upstreams
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.process import report, report_from_rank
 
@@ -31,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
         script = Path(argv[0])
         if not script.is_file():
             raise UsageError(f"{script} does not exist: the first argument is the training script, as pretrain_gpt.py")
-        _use_megatron_of(script.resolve().parent)
+        upstreams.prefer_megatron_beside(script)
         from rmoe_megablocks.megatron import existing_job  # imports Megatron: not before its place is clear
 
+        _check_megatron_is_of(script.resolve().parent)
         existing_job.install_hooks()
         sys.argv = list(argv)
         runpy.run_path(str(script), run_name="__main__")
@@ -43,22 +45,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _use_megatron_of(folder: Path) -> None:
-    """Imports what lies beside the script first, as Python does with a script; Megatron itself may lie there."""
-    sys.path.insert(0, str(folder))
-    loaded = getattr(sys.modules.get("megatron.core"), "__file__", None)
-    if loaded is None or not (folder / "megatron" / "core").is_dir() or folder in Path(loaded).resolve().parents:
-        return
-    # CPU mode has imported the installed Megatron: start again, with the checkout on the path from the beginning
-    first = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0]
-    if first == str(folder):
+def _check_megatron_is_of(folder: Path) -> None:
+    """Refuses to train with another Megatron than the one beside the script, whose code calls it.
+
+    The import of this package has put the folder first on the path; a Megatron that was loaded before wins all the
+    same (a sitecustomize, or a caller of :func:`main`).
+    """
+    loaded = Path(sys.modules["megatron.core"].__file__).parents[2]
+    if (folder / "megatron" / "core").is_dir() and not loaded.samefile(folder):
         raise UsageError(
-            f"{folder} has a Megatron of its own, but Python takes the one in {Path(loaded).parents[1]}: "
-            f"start the run in {folder}"
+            f"{folder} has a Megatron of its own, but Python has loaded the one in {loaded} before: "
+            "start the script with python -m rmoe_megablocks.megatron.run"
         )
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONPATH": path})
 
 
 if __name__ == "__main__":

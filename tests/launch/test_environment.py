@@ -15,7 +15,7 @@ FAKE_PYTHON = """#!/bin/bash
 home=@HOME@
 case "$1" in
     --version) echo "Python @VERSION@" ;;
-    -c) case "$2" in *version_info*) [[ @VERSION@ == 3.12.* ]] ;; *) exit 0 ;; esac ;;
+    -c) case "$2" in *version_info*) [[ @VERSION@ == 3.1[23].* ]] ;; *) exit 0 ;; esac ;;
     -) echo "@PROBE@" ;;
     -m)
         echo "$2" >>"$home/calls"
@@ -50,7 +50,7 @@ class Machine:
         shutil.copy(ROOT / "setup.py", self.root)
         self.variables: dict[str, str] = {}
         # hide what the real machine has under these names
-        for name in ("python", "python3", "python3.12"):
+        for name in ("python", "python3", "python3.12", "python3.13"):
             self.python(self.bin / name, version="3.11.4", probe="is Python 3.11")
         for name in ("pyenv", "uv"):
             self.script(self.bin / name, "#!/bin/bash\nexit 1\n")
@@ -121,7 +121,7 @@ def test_an_active_python_that_lacks_little_is_told_so(machine):
 def test_without_python_312_one_line_says_how_to_get_it(machine):
     code, out, err = machine.run()
     assert (code, out) == (1, "")
-    assert err.startswith("rmoe: error: no Python 3.12 found") and err.count("\n") == 1
+    assert err.startswith("rmoe: error: no Python 3.12 or 3.13 found") and err.count("\n") == 1
     assert not machine.venv.exists()
 
 
@@ -131,7 +131,7 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine):
     assert (code, out) == (0, str(machine.venv / "bin" / "python"))
     assert [line.split()[1] for line in err.splitlines()] == ["making", "installing", "environment"]
     assert machine.calls() == ["venv", "pip", MEGABLOCKS]
-    assert "torch==2.11.0 -e .[test]" in (machine.venv / "setup.log").read_text()
+    assert "torch==2.11.0 megatron-core~=0.19.2 -e .[test]" in (machine.venv / "setup.log").read_text()
 
     assert machine.run() == (0, out, "")
     assert machine.calls() == []
@@ -187,7 +187,7 @@ def test_somebody_elses_venv_is_left_alone(machine):
     machine.python(machine.bin / "python3.12")
     machine.python(machine.venv / "bin/python", version="3.11.4", probe="is Python 3.11")
     code, _, err = machine.run()
-    assert code == 1 and f"{machine.venv} is there, but is no Python 3.12 environment" in err
+    assert code == 1 and f"{machine.venv} is there, but is no environment of Python 3.12 or 3.13" in err
     assert (machine.venv / "bin/python").exists()
 
 
@@ -214,7 +214,7 @@ def test_the_choice_of_torch_is_the_users(machine):
     machine.python(machine.bin / "python3.12")
     machine.variables["RMOE_TORCH_SPEC"] = "torch==2.11.0+cpu"
     assert machine.run()[0] == 0
-    assert "torch==2.11.0+cpu -e .[test]" in (machine.venv / "setup.log").read_text()
+    assert "torch==2.11.0+cpu megatron-core~=0.19.2 -e .[test]" in (machine.venv / "setup.log").read_text()
 
 
 def test_sourcing_prepares_a_terminal(machine):

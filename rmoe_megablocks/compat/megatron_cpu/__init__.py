@@ -10,7 +10,7 @@ Use it as the first thing a program does::
 
     megatron_cpu.install()  # before the first "import megatron"; does nothing where there is a GPU
 
-and give Megatron the arguments in ``ARGUMENTS``. CPU mode is for developing and testing: numbers are those of the CPU
+and give Megatron the arguments in ``ARGUMENTS`` (:func:`supply` adds them to a command line). CPU mode is for developing and testing: numbers are those of the CPU
 kernels, memory statistics are the resident set of the process, CUDA graphs, Transformer Engine and fp8 do not exist.
 
 The touches, by module:
@@ -20,6 +20,7 @@ The touches, by module:
 - ``distributed``: gloo in the place of NCCL.
 - ``megatron_patches``: the few places of Megatron itself.
 - ``context_parallel``: attention over a sequence that is split over ranks.
+- ``dataset_helper``: the datasets' compiled helper, for a checkout without one.
 - ``fused_adam``: an optimizer with the interface of Apex's FusedAdam.
 """
 
@@ -32,23 +33,9 @@ import sys
 
 import torch
 
-__all__ = ["ARGUMENTS", "active", "install", "needed"]
+from rmoe_megablocks.compat.megatron_cpu.arguments import ARGUMENTS, supply
 
-ARGUMENTS: tuple[str, ...] = (
-    # There is no NCCL without a GPU.
-    "--distributed-backend",
-    "gloo",
-    # Everything below switches off kernels of Transformer Engine, Apex or Megatron that exist for CUDA alone.
-    "--transformer-impl",
-    "local",
-    "--attention-backend",
-    "unfused",
-    "--no-persist-layer-norm",
-    "--no-rope-fusion",
-    "--no-masked-softmax-fusion",
-    "--no-gradient-accumulation-fusion",
-)
-"""Megatron arguments that CPU mode needs, in command line form."""
+__all__ = ["ARGUMENTS", "active", "install", "needed", "supply"]
 
 _active = False
 _MARK = "RMOE_CPU_MODE_ANNOUNCED"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import inspect
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rmoe_megablocks.compat.megatron_cpu import dataset_helper
 from rmoe_megablocks.compat.megatron_cpu.fused_adam import FusedAdam
 
 
@@ -81,14 +82,12 @@ def _patch_maybe_move_tensor_to_cpu() -> None:
 def _patch_compile_helpers() -> None:
     from megatron.core.datasets import utils
 
-    original = utils.compile_helpers
+    dataset_helper.install()
 
-    @functools.wraps(original)
     def compile_helpers():
-        # Runs make in the package and exits if that fails (datasets/utils.py:20); a wheel has the compiled module but
-        # no Makefile.
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            original()
+        # Runs make in the package and exits if that fails (datasets/utils.py:20).
+        if not dataset_helper.is_there():
+            dataset_helper.compile_into(Path(utils.__file__).resolve().parent)
 
     _replace(utils.__name__, "compile_helpers", compile_helpers)
 
@@ -122,12 +121,12 @@ def _patch_norm_recompute() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     # Asked for without fp8 it takes itself to be in fp8 and calls Transformer Engine (random.py:739, 693), so
-    # --recompute-modules layernorm ends in a NameError.
+    # --recompute-modules layernorm ends in a NameError. 0.20 has further arguments.
     original = CheckpointWithoutOutput.__init__
 
     @functools.wraps(original)
-    def __init__(self, fp8=None):
-        original(self, fp8=fp8)
+    def __init__(self, fp8=None, **kwargs):
+        original(self, fp8=fp8, **kwargs)
 
     CheckpointWithoutOutput.__init__ = __init__
 

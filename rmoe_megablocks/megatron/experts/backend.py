@@ -134,6 +134,7 @@ def _refusals(args: argparse.Namespace):
     yield args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"
     yield args.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"
     yield args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"
+    yield getattr(args, "enable_mhc_connections", False), "--enable-mhc-connections", leave_out  # after 0.19
     yield args.hybrid_layer_pattern, "--hybrid-layer-pattern", megatron
     yield args.experimental_attention_variant, "--experimental-attention-variant", megatron
     yield args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", megatron
