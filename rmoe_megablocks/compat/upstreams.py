@@ -13,7 +13,7 @@ _SHOWN = 4  # names in one line
 
 
 class UnsupportedUpstream(ImportError, CommonError):
-    """torch or Megatron-Core is missing, too old, or lacks a name; the text is one line that says which."""
+    """torch or Megatron-Core is missing, too old, or lacks a name, or its checks are switched off; one line."""
 
 
 def check() -> None:
@@ -25,6 +25,11 @@ def check() -> None:
     Raises:
         UnsupportedUpstream: one of them cannot work.
     """
+    if not __debug__:
+        raise UnsupportedUpstream(
+            "Python runs without assertions (-O, or PYTHONOPTIMIZE is set), which are how Megatron refuses arguments "
+            "that cannot work: leave that out"
+        )
     torch, folder = versions.torch_version(), versions.megatron_folder()
     if torch is None:
         raise UnsupportedUpstream(f"torch is not installed ({sys.executable}): pip install torch")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -349,7 +350,7 @@ def check_writable(folder: Path, option: str, make: bool = True) -> None:
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        while not place.exists():
+        while not os.path.lexists(place):  # a link to nowhere is in the way
             place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -10,6 +10,26 @@ ONE = "--pipeline-model-parallel-size 1 --seq-length 32 --max-position-embedding
 SHORT = f"{SMALL} {ONE} --global-batch-size 2 --train-iters 2 --eval-iters 1 --no-final-evaluation"
 
 
+PORT_IN_USE = (
+    "python -c \"import socket, subprocess, sys; s = socket.create_server(('', 29617)); "
+    'sys.exit(subprocess.call(sys.argv[1:]))" bash {repository}/launch/pretrain_rmoe.sh '
+    "--config {repository}/configs/tiny.yaml --master-port 29617"
+)
+
+
+def linked_runs(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "link").symlink_to("elsewhere")
+
+
+def broken_link(folder):
+    (folder / "link").symlink_to("nowhere")
+
+
+def started_two(outcome):
+    assert "would start 2 processes" in outcome.out, outcome.out + outcome.err
+
+
 def would_start(outcome):
     assert "would start" in outcome.out, outcome.out + outcome.err
 
@@ -22,7 +42,28 @@ def trained(outcome):
     assert [line["iteration"] for line in lines if "grad_norm" in line] == [1, 2]
 
 
+ENTRY = "sh bash {repository}/launch/pretrain_rmoe.sh --config {repository}/configs/tiny.yaml --dry-run"
+
+
+def dry(outcome):
+    assert "rmoe_megablocks.launcher.worker" in outcome.out, outcome.out + outcome.err
+
+
 CASES = [
+    Case(
+        "PYTHONOPTIMIZE, which strips Megatron's checks", ENTRY, env={"PYTHONOPTIMIZE": "1"}, refused="PYTHONOPTIMIZE"
+    ),
+    Case(
+        "variables of another torchrun: RANK, WORLD_SIZE", TINY, env={"RANK": "3", "WORLD_SIZE": "8"}, works=started_two
+    ),
+    Case("a temporary folder that is not there", ENTRY, env={"TMPDIR": "/nonexistent"}, works=dry),
+    Case("a terminal of 20 columns", ENTRY, env={"COLUMNS": "20"}, works=dry),
+    Case("no standard input", f"{ENTRY} <&-", works=dry),
+    Case("a runs folder behind a link", f"{TINY} --runs-dir link", files=linked_runs, works=would_start),
+    Case(
+        "a runs folder behind a broken link", f"{TINY} --runs-dir link", files=broken_link, refused="--runs-dir.*link"
+    ),
+    Case("a port that is in use", f"sh {PORT_IN_USE}", refused="port 29617 is in use"),
     Case("a folder whose name has a space", f"{TINY} --runs-dir 'my runs'", works=would_start),
     Case("a runs folder that is a file", f"{TINY} --runs-dir file", files={"file": ""}, refused="--runs-dir.*file"),
     Case("the C locale", f"{TINY} {SHORT}", env={"LC_ALL": "C"}, trains=True, works=trained, seconds=120),
