@@ -2,15 +2,26 @@
 
 ``dMoE(args)`` and ``MoE(args)`` build the router that the arguments name::
 
+    import torch
     from rmoe_megablocks import megablocks as rmoe
 
-    rmoe.register()
-    args = rmoe.Arguments(hidden_size=64, ffn_hidden_size=128, moe_num_experts=8, moe_top_k=2, moe_router_type="gru")
-    layers = [rmoe.dMoE(args) for _ in range(4)]
+    args = rmoe.Arguments(
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_layers=4,
+        moe_num_experts=8,
+        moe_top_k=2,
+        bias=False,
+        fp16=False,
+        moe_router_type="gru",
+    )
+    layers = torch.nn.ModuleList(rmoe.dMoE(args) for _ in range(4))
     recurrence = rmoe.share_recurrence(layers)  # one module for all layers: register it in the model
 
-    x, state, aux_loss = layers[0](x, router_state=None)
-    x, state, aux_loss = layers[1](x, router_state=state)
+    x, router_state, aux_loss = torch.randn(16, 2, 64, device=args.device), None, 0
+    for layer in layers:
+        out, router_state, layer_loss = layer(x, router_state)
+        x, aux_loss = x + out, aux_loss + layer_loss
 
 or let :class:`RecurrentStack` own the recurrence and hand the state on. With ``moe_router_type="linear"`` the layers
 are MegaBlocks' own, to the bit and with their own signature.

@@ -22,10 +22,11 @@ def _default_device() -> torch.device:
 
 @dataclasses.dataclass
 class Arguments(megablocks.Arguments):
-    """``megablocks.Arguments`` and the choice of a router.
+    """``megablocks.Arguments`` and the choice of a router. Making one does :func:`.register`.
 
     Other defaults than upstream's: ``mlp_impl="grouped"``, since upstream refuses the sparse one with every current
-    Triton, and ``device``, which is the CPU where there is no GPU.
+    Triton, and ``device``, which is the CPU where there is no GPU. The losses of a recurrent layer are computed in
+    fp32, whatever ``moe_lbl_in_fp32`` and ``moe_zloss_in_fp32`` say.
 
     Args:
         moe_router_type: a name from :func:`rmoe_megablocks.routing.router_types`.
@@ -42,6 +43,12 @@ class Arguments(megablocks.Arguments):
     moe_router_rnn_bias: bool = False
     moe_router_rnn_init: str = "standard"
     moe_router_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from rmoe_megablocks.megablocks.layer import register  # imports this module
+
+        register()  # a dMoE of these arguments must not silently get MegaBlocks' own router
 
 
 _ROUTER_FIELDS = {field.name: field.default for field in dataclasses.fields(Arguments) if "moe_router" in field.name}
@@ -86,6 +93,12 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         raise UsageError(f"moe_top_k must be between 1 and moe_num_experts ({experts}), got {top_k}")
     if router_option(args, "moe_router_dtype") not in (None, "fp32"):
         raise UsageError(f"moe_router_dtype must be None or 'fp32', got {args.moe_router_dtype!r}")
+    if args.fp16 and args.bf16:
+        raise UsageError("fp16 and bf16 are both True, and MegaBlocks would take fp16 (its default): set one to False")
+    if args.num_layers < 1:
+        raise UsageError(f"num_layers must be at least 1, got {args.num_layers}")
+    if args.shared_expert and args.bias and args.return_bias:
+        raise UsageError("shared_expert does not work with a returned bias: set bias or return_bias to False")
     shards = 1
     if args.moe_expert_model_parallelism:
         if not torch.distributed.is_initialized():

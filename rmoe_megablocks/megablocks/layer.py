@@ -6,11 +6,14 @@ import copy
 import functools
 
 import megablocks
+import torch
 from megablocks import MoE, dMoE
 from torch import Tensor
 
 from rmoe_megablocks.megablocks.arguments import Arguments, check_arguments, router_type
 from rmoe_megablocks.megablocks.router import RecurrentRouter
+
+_MISSING = object()
 
 
 def register() -> None:
@@ -46,12 +49,13 @@ class RecurrentMoE:
         # After the experts, whose weights are then those of a linear model of the same seed.
         self.router = RecurrentRouter(args)
 
-    def forward(self, x: Tensor, router_state: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, router_state: Tensor | None | object = _MISSING) -> tuple[Tensor, ...]:
         """The layer's own outputs, the next state and this layer's losses.
 
         Args:
-            x: [..., H] as the layer takes it, usually [S, B, H].
-            router_state: [..., P] from the previous MoE layer, None in the first one.
+            x: [..., H] as the layer takes it, usually [S, B, H], in the dtype of the layer.
+            router_state: [..., P] from the previous MoE layer, None in the first one. Always given: a model that
+                forgot it would train, with layers that know nothing of each other.
 
         Returns:
             ``(out, router_state, aux_loss)``, or ``(out, bias, router_state, aux_loss)`` where the layer returns its
@@ -60,14 +64,46 @@ class RecurrentMoE:
 
         Raises:
             RuntimeError: no recurrence, see :func:`.share_recurrence`.
-            ValueError: a state that does not go with ``x``.
+            TypeError: called as a stock layer, without a state.
+            ValueError: an input or a state of another shape, dtype or device than the layer's.
         """
-        self.router.put_state(router_state)
-        out = super().forward(x.contiguous())  # upstream takes views of it
-        return *(out if isinstance(out, tuple) else (out,)), *self.router.take()
+        self._check_call(x, router_state)
+        slot = self.router.slot
+        with slot.call():
+            slot.put(router_state)
+            out = super().forward(x.contiguous())  # upstream takes views of it
+            return *(out if isinstance(out, tuple) else (out,)), *self.router.take()
+
+    def _check_call(self, x: Tensor, router_state: Tensor | None | object) -> None:
+        kind = self._stock_class.__name__
+        if router_state is _MISSING:
+            bias = ", bias" * returns_bias(self)
+            raise TypeError(
+                f"a {kind} with moe_router_type={self.router.args.moe_router_type!r} is called as "
+                f"out{bias}, router_state, aux_loss = layer(x, router_state), with router_state=None in the first layer"
+            )
+        if not self.router.bound:
+            raise RuntimeError("this layer has no recurrence yet: call share_recurrence(model) or use RecurrentStack")
+        weight = next(self.experts.mlp.parameters())
+        hidden = self.experts.args.hidden_size
+        if x.dim() < 2 or x.shape[-1] != hidden or (x.dim() != 3 and not isinstance(self, dMoE)):
+            form = "[..., H]" if isinstance(self, dMoE) else "[S, B, H]"
+            raise ValueError(f"x of a {kind} must be {form} with hidden_size H = {hidden}, got {list(x.shape)}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x is {x.dtype} and the {kind}'s weights are {weight.dtype}: convert one of them "
+                "(Arguments have fp16=True by default)"
+            )
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device} and the {kind}'s weights are on {weight.device}: move one of them")
 
     def __reduce__(self):
         return _rebuild, (self._stock_class,), self.__dict__
+
+
+def returns_bias(layer: MoE) -> bool:
+    """Whether MegaBlocks returns the layer's bias beside its output."""
+    return layer.experts.bias is not None and layer.experts.args.return_bias
 
 
 @functools.cache

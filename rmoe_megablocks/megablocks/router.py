@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.megablocks.arguments import router_dtype, routing_config
 from rmoe_megablocks.megablocks.losses import load_balancing_loss, router_z_loss
-from rmoe_megablocks.routing import LayerRouting
+from rmoe_megablocks.routing import LayerRouting, StateSlot
 
 
 class RecurrentRouter(router.LearnedRouter):
     """Jitter, choice of experts and normalisation are MegaBlocks'; logits and losses come about differently.
 
-    The layer hands the state in with :meth:`put_state` before its forward and fetches the next one with the loss by
-    :meth:`take` after it. Both happen within one call of the layer, so that whatever recomputes the layer replays
-    them; nothing outlives the call.
+    The layer hands the state in by :attr:`slot` before its forward and fetches the next one after it. Both happen
+    within one call of the layer, so that whatever recomputes the layer replays them; nothing outlives the call, and a
+    call that runs the router more or less often than once raises, see :class:`StateSlot`.
     """
 
     def __init__(self, args: megablocks.Arguments) -> None:
@@ -26,32 +26,30 @@ class RecurrentRouter(router.LearnedRouter):
             self.routing_layer = LayerRouting(routing_config(args)).to(common.dtype(args))
         self._dtype = router_dtype(args)
         self._cell: tuple[nn.Module, ...] = ()
-        self._handed: list[Tensor | None] = []
+        self.slot = StateSlot()
+        self._aux_loss: Tensor | None = None
 
     def bind(self, cell: nn.Module) -> None:
         """Sets the recurrence that all layers share. Kept in a tuple: it is not this module's child."""
         self._cell = (cell,)
 
-    def put_state(self, h: Tensor | None) -> None:
-        """Hands in the state of the previous MoE layer [..., P], None before the first one."""
-        if not self._cell:
-            raise RuntimeError("this layer has no recurrence yet: call share_recurrence(model) or use RecurrentStack")
-        self._handed = [h]
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Fetches the state of this layer [..., P] and its loss, and forgets them."""
-        h, aux_loss = self._handed
-        self._handed = []
-        return h, aux_loss
+    @property
+    def bound(self) -> bool:
+        """Whether :meth:`bind` was called."""
+        return bool(self._cell)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., H] -> scores [T, E], expert weights [T, K] in the dtype of x, experts [T, K]."""
-        args, (cell,), (h,) = self.args, self._cell, self._handed
-        _check_state(h, x, self.routing_layer)
+        """x [..., H] -> scores [T, E], expert weights [T, K] in the dtype of x, experts [T, K]; the loss is kept.
+
+        Raises:
+            RoutingStateError: called a second time for one state, or without one.
+            ValueError: a state of other tokens, width, dtype or device than x's.
+        """
+        args, (cell,) = self.args, self._cell
         dtype = x.dtype
         if self.training and args.moe_jitter_eps is not None:
             x = x * self.jitter(x)
-        logits, h = self.routing_layer(x, h, cell, self._dtype)
+        logits = self.slot.step(lambda h: self.routing_layer(x, h, cell, self._dtype))
         logits_TE = logits.reshape(-1, args.moe_num_experts)
         scores_TE = logits_TE.softmax(-1)
         weights_TK, experts_TK = self._top_k(scores_TE)
@@ -59,8 +57,14 @@ class RecurrentRouter(router.LearnedRouter):
             weights_TK = weights_TK / weights_TK.norm(p=args.moe_normalize_expert_weights, dim=-1, keepdim=True)
         if args.uniform_expert_assignment:
             experts_TK = router._uniform_expert_assignment(experts_TK, args.moe_num_experts)
-        self._handed = [h, self._loss(logits_TE, scores_TE, experts_TK)]
+        self._aux_loss = self._loss(logits_TE, scores_TE, experts_TK)
         return scores_TE, weights_TK.to(dtype), experts_TK
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Fetches the state of this layer [..., P] and its loss, and forgets them."""
+        h = self.slot.take()
+        aux_loss, self._aux_loss = self._aux_loss, None
+        return h, aux_loss
 
     def _loss(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """This layer's share: balancing is averaged over ``num_layers``, the z-loss is a sum, both as upstream's."""
@@ -73,9 +77,3 @@ class RecurrentRouter(router.LearnedRouter):
         if self.training and args.moe_zloss_weight:
             loss = loss + router_z_loss(logits_TE) * args.moe_zloss_weight
         return loss
-
-
-def _check_state(h: Tensor | None, x: Tensor, routing: LayerRouting) -> None:
-    expected = (*x.shape[:-1], routing.router.shape[1])
-    if h is not None and h.shape != expected:
-        raise ValueError(f"router_state must be None or of shape {list(expected)}, got {list(h.shape)}")

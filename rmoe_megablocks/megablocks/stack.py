@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megablocks.arguments import router_option, router_type, routing_config
-from rmoe_megablocks.megablocks.layer import RecurrentMoE
+from rmoe_megablocks.megablocks.layer import RecurrentMoE, returns_bias
 from rmoe_megablocks.megablocks.router import RecurrentRouter
 from rmoe_megablocks.routing.registry import SharedCell
 
@@ -28,23 +29,44 @@ def share_recurrence(model: nn.Module | Iterable[nn.Module]) -> SharedCell:
         The module with the shared parameters, in the dtype and on the device of the layers' arguments.
 
     Raises:
-        UsageError: no such layer, or layers that cannot share a recurrence.
+        UsageError: no such layer, layers that cannot share a recurrence or have one, or another number of them than
+            ``num_layers``, by which each divides its balancing loss.
     """
-    modules = [model] if isinstance(model, nn.Module) else list(model)
+    # a list may hold a layer twice, at two depths: it counts twice
+    modules = [model] if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) else list(model)
     routers = [m for module in modules for m in module.modules() if isinstance(m, RecurrentRouter)]
     if not routers:
         raise UsageError("no layer with a recurrent router: build dMoE or MoE with moe_router_type='gru'")
-    names = ("moe_router_type", "moe_router_rnn_hidden_size", "moe_router_rnn_init", "moe_router_dtype")
-    for name in names:
-        values = {router_option(router.args, name) for router in routers}
-        if len(values) > 1:
-            raise UsageError(f"layers of one recurrence must agree on {name}, found {sorted(map(str, values))}")
+    _check_agreement(routers)
     args = routers[0].args
     with torch.device(args.device):
         cell = router_type(args).build_shared(routing_config(args)).to(common.dtype(args))
     for router in routers:
         router.bind(cell)
     return cell
+
+
+def _check_agreement(routers: list[RecurrentRouter]) -> None:
+    if any(router.bound for router in routers):
+        raise UsageError("these layers share a recurrence already: call share_recurrence or RecurrentStack once")
+    names = ("moe_router_type", "moe_router_rnn_hidden_size", "moe_router_rnn_init", "moe_router_dtype")
+    for name in names:
+        _agree(name, (router_option(router.args, name) for router in routers))
+    for name in ("num_layers", "moe_loss_weight", "device"):
+        _agree(name, (getattr(router.args, name) for router in routers))
+    _agree("fp16 and bf16", (common.dtype(router.args) for router in routers))
+    args = routers[0].args
+    if args.moe_loss_weight and args.pipeline_model_parallel_size == 1 and len(routers) != args.num_layers:
+        raise UsageError(
+            f"num_layers={args.num_layers}, but {len(routers)} layers have a recurrent router: each divides its "
+            "balancing loss by num_layers, set it to their number"
+        )
+
+
+def _agree(name: str, values: Iterable) -> None:
+    found = sorted(set(map(str, values)))
+    if len(found) > 1:
+        raise UsageError(f"layers of one recurrence must agree on {name}, found {found}")
 
 
 class RecurrentStack(nn.Module):
@@ -56,20 +78,51 @@ class RecurrentStack(nn.Module):
 
     Args:
         layers: in the order they run; registered as ``layers``. The recurrence is registered as ``rnn_router``.
+
+    Raises:
+        UsageError: a layer that does not take a state or returns its bias; and see :func:`share_recurrence`.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        moe_layers = [layer for layer in self.layers if isinstance(layer, RecurrentMoE)]
-        if any(layer.experts.bias is not None and layer.experts.args.return_bias for layer in moe_layers):
-            raise UsageError("a layer of RecurrentStack cannot return its bias: set bias or return_bias to False")
+        for index, layer in enumerate(self.layers):
+            _check_takes_state(index, layer)
         self.rnn_router = share_recurrence(self.layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., H] -> the last layer's output [..., H] and the sum of all layers' losses."""
+        """x [..., H] -> the last layer's output [..., H] and the sum of all layers' losses.
+
+        Raises:
+            TypeError: a layer returned something else than ``(x, router_state, aux_loss)``, or lost the state.
+        """
         router_state, total = None, torch.zeros((), device=x.device)
-        for layer in self.layers:
-            x, router_state, aux_loss = layer(x, router_state)
+        for index, layer in enumerate(self.layers):
+            result = layer(x, router_state)
+            _check_result(index, layer, result, router_state)
+            x, router_state, aux_loss = result
             total = total + aux_loss
         return x, total
+
+
+_RESULT = "(x, router_state, aux_loss)"
+
+
+def _check_takes_state(index: int, layer: nn.Module) -> None:
+    if isinstance(layer, RecurrentMoE) and returns_bias(layer):
+        raise UsageError("a layer of RecurrentStack cannot return its bias: set bias or return_bias to False")
+    try:
+        inspect.signature(layer.forward).bind("x", "router_state")
+    except TypeError:
+        raise UsageError(
+            f"layer {index} of RecurrentStack ({type(layer).__name__}) must take (x, router_state) and return {_RESULT}"
+        ) from None
+
+
+def _check_result(index: int, layer: nn.Module, result, router_state: Tensor | None) -> None:
+    name = f"layer {index} of RecurrentStack ({type(layer).__name__})"
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        found = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+        raise TypeError(f"{name} must return {_RESULT}, returned {found}")
+    if router_state is not None and result[1] is None:
+        raise TypeError(f"{name} returned None as router_state: a block without a MoE layer returns the one it got")

@@ -23,7 +23,7 @@ class RoutingConfig:
         init_method: fills a weight matrix in place; default N(0, 0.02).
 
     Raises:
-        ValueError: a size below 1 or an unknown ``rnn_init``.
+        ValueError: a size that is no whole number of at least 1, or an unknown ``rnn_init``.
     """
 
     hidden_size: int
@@ -35,8 +35,11 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_experts", "state_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.rnn_init not in RNN_INITS:
             raise ValueError(f"rnn_init must be one of {', '.join(RNN_INITS)}, got {self.rnn_init!r}")
 

@@ -46,8 +46,27 @@ class LayerRouting(nn.Module):
 
         Returns:
             logits_TE [..., E] and h_TP [..., P], both in ``dtype``.
+
+        Raises:
+            ValueError: a width, tokens, a dtype or a device that do not belong together.
         """
         dtype = dtype or x_TH.dtype
+        if x_TH.shape[-1:] != self.projector.shape[1:]:
+            expected = self.projector.shape[1]
+            raise ValueError(f"hidden states must be [..., {expected}] for this router, got {list(x_TH.shape)}")
         p_TP = linear_in_dtype(x_TH, self.projector, self.projector_bias, dtype)
+        if h_TP is not None:
+            _check_state(h_TP, p_TP)
         h_TP = cell(p_TP, h_TP)
         return linear_in_dtype(h_TP, self.router, self.router_bias, dtype), h_TP
+
+
+def _check_state(h_TP: Tensor, p_TP: Tensor) -> None:
+    """Raises ValueError for the state of other tokens or another model: broadcasting would hide it."""
+    for what, found, expected in (
+        ("shape", list(h_TP.shape), list(p_TP.shape)),
+        ("dtype", h_TP.dtype, p_TP.dtype),
+        ("device", h_TP.device, p_TP.device),
+    ):
+        if found != expected:
+            raise ValueError(f"the routing state must be None or of {what} {expected}, got {found}")

@@ -20,17 +20,20 @@ class RecurrentMoELayer(MoELayer):
         self.moe_layer_recompute = False  # done here instead
 
     def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
-        """As upstream; the router holds the state of the previous layer before and this layer's after the call."""
+        """As upstream; the router's slot holds the state of the previous layer before, this layer's after the call."""
         if not (self._recompute and self.training):
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
 
-        def run(hidden_states, h_SBP, padding_mask):
-            self.router.put_state(h_SBP)
-            output, _ = super(RecurrentMoELayer, self).forward(hidden_states, None, padding_mask)
-            return output, self.router.take_state()
+        slot = self.router.slot
 
-        output, h_SBP = tensor_parallel.checkpoint(run, False, hidden_states, self.router.take_state(), padding_mask)
-        self.router.put_state(h_SBP)
+        def run(hidden_states, h_SBP, padding_mask):
+            with slot.call():
+                slot.put(h_SBP)
+                output, _ = super(RecurrentMoELayer, self).forward(hidden_states, None, padding_mask)
+                return output, slot.take()
+
+        output, h_SBP = tensor_parallel.checkpoint(run, False, hidden_states, slot.withdraw(), padding_mask)
+        slot.keep(h_SBP)
         return output, None
 
 
@@ -52,10 +55,13 @@ class RecurrentTransformerLayer(TransformerLayer):
         if self.receives_state:
             hidden_states, h_SBP = stage_boundary.unpack(hidden_states, self.config)
         if self.is_moe_layer:
-            self.mlp.router.put_state(h_SBP)
-        hidden_states, _ = super().forward(hidden_states, *args, **kwargs)
-        if self.is_moe_layer:
-            h_SBP = self.mlp.router.take_state()
+            slot = self.mlp.router.slot
+            with slot.call():
+                slot.put(h_SBP)
+                hidden_states, _ = super().forward(hidden_states, *args, **kwargs)
+                h_SBP = slot.take()
+        else:
+            hidden_states, _ = super().forward(hidden_states, *args, **kwargs)
         if self.sends_state:
             hidden_states = stage_boundary.pack(hidden_states, h_SBP, self.config)
         return hidden_states, h_SBP
@@ -65,16 +71,13 @@ class RecurrentTransformerLayer(TransformerLayer):
         hidden_states, padding_mask, micro_batch_size = super()._maybe_unflatten_for_moe(
             hidden_states, padding_mask, packed_seq_params
         )
-        if micro_batch_size is not None and (h_TP := self.mlp.router.take_state()) is not None:
-            h_TP = h_TP.view(micro_batch_size, packed_seq_params.tokens_per_sample, -1).transpose(0, 1)
-            self.mlp.router.put_state(h_TP)
-        elif micro_batch_size is not None:
-            self.mlp.router.put_state(None)
+        if micro_batch_size is not None:
+            shape = (micro_batch_size, packed_seq_params.tokens_per_sample, -1)
+            self.mlp.router.slot.reshape(lambda h_TP: h_TP.view(shape).transpose(0, 1))
         return hidden_states, padding_mask, micro_batch_size
 
     def _maybe_reflatten_from_moe(self, output: Tensor, packed_seq_params, micro_batch_size: int | None):
         """And back: [S, B, P] -> [B*S, 1, P]."""
         if micro_batch_size is not None:
-            h_SBP = self.mlp.router.take_state()
-            self.mlp.router.put_state(h_SBP.transpose(0, 1).reshape(-1, 1, h_SBP.shape[-1]))
+            self.mlp.router.slot.reshape(lambda h_SBP: h_SBP.transpose(0, 1).reshape(-1, 1, h_SBP.shape[-1]))
         return super()._maybe_reflatten_from_moe(output, packed_seq_params, micro_batch_size)

@@ -95,7 +95,7 @@ def test_no_state_outlives_a_forward(model):
     first = forward(model, 1)
     forward(model, 2)
     assert torch.equal(forward(model, 1), first)
-    assert all(router._state == [] for router in routers(model))
+    assert all(router.slot.empty for router in routers(model))
 
 
 def test_train_and_eval_do_not_touch_each_other(model):
@@ -174,21 +174,21 @@ def test_packed_micro_batches_give_the_state_the_shape_of_the_hidden_states(mode
     layer, packed = model.decoder.layers[0], types.SimpleNamespace(tokens_per_sample=S)
     hidden = torch.randn(B * S, 1, 48)
     state = hidden[..., :16].clone()  # recognisable: the first columns of its token
-    layer.mlp.router.put_state(state)
+    slot = layer.mlp.router.slot
+    slot.put(state)
     unpacked, _, micro_batch_size = layer._maybe_unflatten_for_moe(hidden, None, packed)
     assert unpacked.shape == (S, B, 48)
-    there = layer.mlp.router.take_state()
-    assert torch.equal(there, unpacked[..., :16])
-    layer.mlp.router.put_state(there)
+    slot.step(lambda there: (None, there))  # the router would see this state, and hands it on as it is
+    assert torch.equal(slot.state, unpacked[..., :16])
     packed_again = layer._maybe_reflatten_from_moe(unpacked, packed, micro_batch_size)
-    assert torch.equal(packed_again, hidden) and torch.equal(layer.mlp.router.take_state(), state)
+    assert torch.equal(packed_again, hidden) and torch.equal(slot.take(), state)
 
 
 def test_a_first_layer_of_packed_micro_batches_has_no_state_to_reshape(model):
     layer, packed = model.decoder.layers[0], types.SimpleNamespace(tokens_per_sample=S)
-    layer.mlp.router.put_state(None)
+    layer.mlp.router.slot.put(None)
     layer._maybe_unflatten_for_moe(torch.randn(B * S, 1, 48), None, packed)
-    assert layer.mlp.router.take_state() is None
+    assert layer.mlp.router.slot.withdraw() is None
 
 
 def gradients(model, **kwargs) -> dict[str, torch.Tensor]:
@@ -247,4 +247,4 @@ def test_router_trace_sees_every_layer_and_disturbs_none(model, tmp_path):
     tracer.flush()
     records = [json.loads(line) for line in (tmp_path / "router_trace_rank0.jsonl").read_text().splitlines()]
     assert torch.equal(traced, plain) and len(records) == 4
-    assert all(router._state == [] for router in routers(model))
+    assert all(router.slot.empty for router in routers(model))
