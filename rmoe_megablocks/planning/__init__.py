@@ -1,7 +1,8 @@
 """What a run will take, computed from its arguments alone: parameters, FLOPs, memory, traffic (``rmoe plan``).
 
-Nothing here imports torch or Megatron: their import alone takes as long as a plan may. Every figure is arithmetic on
-:class:`.settings.Settings`; the tests hold it against models that Megatron builds.
+The command line is read by Megatron's own parser, so that nothing unknown to it is passed over; a recurrent router is
+counted on its modules. Everything else is arithmetic on :class:`.settings.Settings`; the tests hold it against models
+that Megatron builds.
 """
 
 from rmoe_megablocks.planning.plan import Plan, make_plan

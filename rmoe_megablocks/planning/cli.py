@@ -11,7 +11,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher.config import Config, find_config, load_config, merge, to_argv
 from rmoe_megablocks.planning import report
 from rmoe_megablocks.planning.plan import make_plan
-from rmoe_megablocks.planning.settings import Settings, known_options, read_settings
+from rmoe_megablocks.planning.settings import Settings, is_argument, read_settings
 
 _EPILOG = """\
 Every other argument is Megatron's or the router's and beats the configuration's, as for launch/pretrain_rmoe.sh:
@@ -19,7 +19,8 @@ Every other argument is Megatron's or the router's and beats the configuration's
   rmoe plan configs/rmoe_0.9b_8xa100.yaml --micro-batch-size 8 --moe-router-rnn-hidden-size 256
 
 Activations are those of Transformer Engine's attention; --transformer-impl local plans for a machine without it.
-The exit code is 1 when the run would not fit or its layout does not divide.
+The exit code is 1 when the run would not fit, and 2 for what cannot be planned: unknown options, sizes that do not
+fit each other.
 """
 
 
@@ -52,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(path)
     if args.megatron_arguments and not args.megatron_arguments[0].startswith("--"):
         raise UsageError(f"{args.megatron_arguments[0]!r} is not an argument (expected --name value)")
-    options = known_options()
-    settings = read_settings(merge(to_argv(config.arguments), args.megatron_arguments, options.__contains__))
+    settings = read_settings(merge(to_argv(config.arguments), args.megatron_arguments, is_argument))
     plan = make_plan(settings, _world_size(args, config, settings), _gpu_memory(args, config))
     if args.json:
         json.dump({"config": str(path), **plan.as_dict()}, sys.stdout, indent=2)

@@ -56,8 +56,5 @@ def flops(settings: Settings) -> Flops:
 
 
 def router(settings: Settings) -> int:
-    """One layer's router, forward: [H] -> [E], or projector, two [P] -> [3P] products of the GRU, [P] -> [E]."""
-    hidden, experts, state = settings.hidden_size, settings.num_experts, settings.state_size
-    if not settings.recurrent:
-        return 2 * hidden * experts
-    return 2 * (hidden * state + 6 * state**2 + state * experts)
+    """One layer's router, forward: the host's own matrix [E, H], or what the recurrent type's modules compute."""
+    return settings.routing.flops if settings.routing else 2 * settings.hidden_size * settings.num_experts

@@ -84,7 +84,7 @@ def on_rank(settings: Settings, world_size: int, rank: int) -> Memory:
 
     under_way = _in_flight(settings, rank, microbatches(settings, world_size))
     kept = _kept_on_rank(settings, rank, under_way)
-    plain = _kept_on_rank(replace(settings, router_type="linear"), rank, under_way) if settings.recurrent else kept
+    plain = _kept_on_rank(replace(settings, routing=None), rank, under_way) if settings.recurrent else kept
     own = settings.dtype_bytes + settings.grad_bytes + per_parameter / sharing
     return Memory(
         weights=settings.dtype_bytes * count,
@@ -139,9 +139,13 @@ def _kept_under_full(settings: Settings, layers: list[int]) -> float:
 
 def _carried(settings: Settings) -> float:
     """What goes from layer to layer: hidden states and the routing state."""
-    state = settings.state_size * settings.router_dtype_bytes if settings.recurrent else 0
-    width = settings.hidden_size * settings.dtype_bytes + state
+    width = settings.hidden_size * settings.dtype_bytes + _state(settings)
     return width * tokens_on_rank(settings) / _sequence_share(settings)
+
+
+def _state(settings: Settings) -> int:
+    """Bytes of a token's routing state."""
+    return settings.routing.state_size * settings.router_dtype_bytes if settings.routing else 0
 
 
 def _in_flight(settings: Settings, rank: int, steps: int) -> float:
@@ -205,11 +209,11 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
     """An MoE layer after its norm, with tokens spread evenly over experts and ranks."""
     size, share = settings.dtype_bytes, _sequence_share(settings)
     if "moe" in settings.recompute_modules:
-        return tokens * settings.state_size * settings.router_dtype_bytes / share if settings.recurrent else 0
+        return tokens * _state(settings) / share
     here = tokens / share  # tokens that this rank routes
     kept = here * (12 * settings.num_experts + 28 * settings.topk)  # scores, indices, maps
-    if settings.recurrent:
-        kept += _routing_state(settings, here)
+    if settings.routing:
+        kept += here * settings.routing.kept + settings.routing.kept_once
     # under expert-tensor parallelism each rank works on the tokens of the whole group, with a part of each expert
     rows = here * settings.topk * settings.expert_tensor
     ffn = settings.expert_ffn_size / settings.expert_tensor
@@ -221,13 +225,6 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
     if "shared_experts" not in settings.recompute_modules:
         kept += tokens * size * settings.shared_expert_size / settings.tensor * (3 if settings.gated else 2)
     return kept
-
-
-def _routing_state(settings: Settings, tokens: float) -> float:
-    """The recurrence of one layer: x', three gates, the recurrent half of n and h, and its weights if cast."""
-    size, state = settings.router_dtype_bytes, settings.state_size
-    cast = (6 * state**2 + 6 * state) * size if size != settings.dtype_bytes else 0
-    return 6 * state * size * tokens + cast
 
 
 def _head(settings: Settings) -> float:

@@ -52,16 +52,15 @@ def norm(settings: Settings, size: int) -> int:
 
 
 def recurrence(settings: Settings) -> int:
-    """The GRU that all layers share: two matrices [3P, P], two biases [3P]."""
-    return 6 * settings.state_size**2 + 6 * settings.state_size if settings.recurrent else 0
+    """What all layers share of a recurrent router."""
+    return settings.routing.shared if settings.routing else 0
 
 
 def router(settings: Settings) -> int:
-    """One layer's router: a matrix [E, H], or a projector [P, H] and a router matrix [E, P]."""
-    hidden, experts, state = settings.hidden_size, settings.num_experts, settings.state_size
-    if not settings.recurrent:
-        return experts * hidden + (experts if settings.linear_bias else 0)
-    return state * hidden + experts * state + (state + experts if settings.router_bias else 0)
+    """One layer's router: the host's own matrix [E, H], or what a recurrent type gives every layer."""
+    if settings.routing:
+        return settings.routing.layer
+    return settings.num_experts * (settings.hidden_size + (1 if settings.linear_bias else 0))
 
 
 def layer(settings: Settings, index: int) -> Counts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import flops, memory, parameters, traffic
 from rmoe_megablocks.planning.settings import Settings
 
@@ -19,7 +20,7 @@ class Plan:
         memory: the fullest rank under the configured recompute mode.
         by_mode: the same under every mode of ``memory.RECOMPUTE_MODES``.
         largest_micro_batch: by mode, the largest one that fits and divides the global batch; 0 where none does.
-        warnings: one line each; ``fits`` is False when one of them stops the run.
+        warnings: one line each; ``fits`` is False when the memory does not suffice.
     """
 
     settings: Settings
@@ -83,8 +84,17 @@ class Plan:
 
 
 def make_plan(settings: Settings, world_size: int, gpu_memory: float) -> Plan:
-    """Computes everything for ``world_size`` ranks on GPUs of ``gpu_memory`` GiB."""
-    problems = _divisions(settings, world_size)
+    """Computes everything for ``world_size`` ranks on GPUs of ``gpu_memory`` GiB.
+
+    Raises:
+        UsageError: one line with all that does not divide: figures would be those of another model.
+    """
+    ranks = max(1, world_size // (settings.tensor * settings.pipeline * settings.context))
+    if not settings.global_batch_size:  # Megatron's default
+        settings = replace(settings, global_batch_size=settings.micro_batch_size * ranks)
+    if wrong := _divisions(settings, world_size):
+        raise UsageError("; ".join(wrong))
+    problems: list[str] = []
     found = memory.fullest(settings, world_size)
     by_mode, largest = {}, {}
     for mode in memory.RECOMPUTE_MODES:
@@ -99,6 +109,8 @@ def make_plan(settings: Settings, world_size: int, gpu_memory: float) -> Plan:
             "attention without Transformer Engine keeps S x S scores for every head: "
             "--recompute-granularity selective --recompute-modules core_attn spares them"
         )
+    if settings.not_counted:
+        advice.append(f"not looked at, figures are those without: {' '.join(settings.not_counted)}")
     return Plan(
         settings=settings,
         world_size=world_size,
@@ -174,8 +186,7 @@ def _divisions(settings: Settings, world_size: int) -> list[str]:
         )
         check(s.num_experts, s.expert, "experts over --expert-model-parallel-size")
         check(s.expert_ffn_size, s.expert_tensor, "--moe-ffn-hidden-size over --expert-tensor-parallel-size")
-        if s.topk > s.num_experts:
-            problems.append(f"--moe-router-topk {s.topk} of {s.num_experts} experts")
+        check(s.shared_expert_size, s.tensor, "--moe-shared-expert-intermediate-size over --tensor-model-parallel-size")
     elif s.expert > 1:
         problems.append(f"--expert-model-parallel-size {s.expert} without --num-experts")
     check(s.num_layers, s.pipeline * s.virtual, "--num-layers over pipeline x virtual stages")
@@ -188,8 +199,9 @@ def _divisions(settings: Settings, world_size: int) -> list[str]:
         check(s.seq_length, s.tensor, "--seq-length over --tensor-model-parallel-size")
     if s.tensor > 1 and s.num_experts and not s.sequence_parallel:
         problems.append("experts with --tensor-model-parallel-size need --sequence-parallel")
-    if s.positions and s.positions < s.seq_length:
-        problems.append(f"--seq-length {s.seq_length} exceeds --max-position-embeddings {s.positions}")
+    check(s.vocab_size, s.tensor, "--padded-vocab-size over --tensor-model-parallel-size")
+    if s.virtual > 1 and s.pipeline == 1:
+        problems.append("virtual stages without --pipeline-model-parallel-size")
     ranks = max(1, world_size // dense)
     check(s.global_batch_size, s.micro_batch_size * ranks, "--global-batch-size over micro-batch x data parallel")
     if s.virtual > 1:

@@ -1,110 +1,29 @@
-"""The arguments that decide a run's size, read from Megatron's command line without Megatron."""
+"""The arguments that decide a run's size, as Megatron's own parser reads them."""
 
 from __future__ import annotations
 
-import ast
+import argparse
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmoe_megablocks.command_line import groups_of
+from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.data import DataError, DatasetMetadata
 from rmoe_megablocks.errors import UsageError
-
-#: Options with one value, and Megatron 0.19's defaults (training/arguments.py and the dataclasses in
-#: training/config and core/transformer/transformer_config.py, from which it makes its parser). A test compares them
-#: with the parser's.
-VALUES: dict[str, tuple[type, object]] = {
-    "--num-layers": (int, None),
-    "--hidden-size": (int, None),
-    "--num-attention-heads": (int, None),
-    "--kv-channels": (int, None),
-    "--num-query-groups": (int, 1),
-    "--ffn-hidden-size": (int, None),
-    "--num-experts": (int, None),
-    "--moe-ffn-hidden-size": (int, None),
-    "--moe-layer-freq": (str, 1),
-    "--moe-shared-expert-intermediate-size": (int, None),
-    "--moe-router-topk": (int, 2),
-    "--moe-router-dtype": (str, None),
-    "--normalization": (str, "LayerNorm"),
-    "--position-embedding-type": (str, "learned_absolute"),
-    "--max-position-embeddings": (int, None),
-    "--vocab-size": (int, None),
-    "--padded-vocab-size": (int, None),
-    "--make-vocab-size-divisible-by": (int, 128),
-    "--hidden-dropout": (float, 0.1),
-    "--attention-dropout": (float, 0.1),
-    "--seq-length": (int, None),
-    "--micro-batch-size": (int, None),
-    "--global-batch-size": (int, None),
-    "--tensor-model-parallel-size": (int, 1),
-    "--pipeline-model-parallel-size": (int, 1),
-    "--num-layers-per-virtual-pipeline-stage": (int, None),
-    "--num-virtual-stages-per-pipeline-rank": (int, None),
-    "--context-parallel-size": (int, 1),
-    "--expert-model-parallel-size": (int, 1),
-    "--expert-tensor-parallel-size": (int, None),
-    "--recompute-granularity": (str, None),
-    "--recompute-method": (str, None),
-    "--recompute-num-layers": (int, None),
-    "--transformer-impl": (str, "transformer_engine"),
-    "--attention-backend": (str, "auto"),
-    # our own, megatron/arguments.py
-    "--moe-router-type": (str, "linear"),
-    "--moe-router-rnn-hidden-size": (int, 128),
-    "--dataset": (str, None),
-}
-
-#: Bare flags, all off by default.
-FLAGS = (
-    "--swiglu",
-    "--disable-bias-linear",
-    "--add-qkv-bias",
-    "--qk-layernorm",
-    "--group-query-attention",
-    "--untie-embeddings-and-output-weights",
-    "--moe-shared-expert-gate",
-    "--moe-router-rnn-bias",
-    "--fp16",
-    "--bf16",
-    "--grad-reduce-in-bf16",
-    "--accumulate-allreduce-grads-in-fp32",
-    "--use-distributed-optimizer",
-    "--sequence-parallel",
-    "--recompute-activations",
-    "--mock-data",
-)
-
-#: What changes a model or its memory in ways that are not computed here.
-UNKNOWN = (
-    "--multi-latent-attention",
-    "--mtp-num-layers",
-    "--hybrid-layer-pattern",
-    "--heterogeneous-layers-config-path",
-    "--experimental-attention-variant",
-    "--moe-latent-size",
-    "--pipeline-model-parallel-layout",
-    "--decoder-first-pipeline-num-layers",
-    "--decoder-last-pipeline-num-layers",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-    "--use-megatron-fsdp",
-    "--use-torch-fsdp2",
-    "--use-precision-aware-optimizer",
-    "--optimizer-cpu-offload",
-    "--fp8-format",
-    "--fp4-format",
-    "--spec",
-    "--yaml-cfg",
-)
-
-_DATA = ("--data-path", "--data-args-path", "--per-split-data-args-path", "--train-data-path", "--mock-data")
+from rmoe_megablocks.planning import options
+from rmoe_megablocks.planning.routing import RoutingCost, measure
+from rmoe_megablocks.routing import RoutingConfig, get_router_type
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run. Lengths are in elements, batches in sequences; ``moe_layers[i]`` says whether layer i routes."""
+    """Sizes of a run.
+
+    Lengths are in elements, batches in sequences. ``moe_layers[i]`` says whether layer i routes, ``routing`` what a
+    recurrent router takes (None for the host's own), ``not_counted`` which options the figures leave out.
+    """
 
     num_layers: int
     hidden_size: int
@@ -119,8 +38,7 @@ class Settings:
     moe_layers: tuple[bool, ...]
     topk: int
     router_type: str
-    state_size: int
-    router_bias: bool
+    routing: RoutingCost | None
     router_dtype_bytes: int
     gated: bool
     linear_bias: bool
@@ -150,11 +68,12 @@ class Settings:
     recompute_modules: tuple[str, ...]
     recompute_method: str
     recompute_num_layers: int
+    not_counted: tuple[str, ...] = ()
 
     @property
     def recurrent(self) -> bool:
         """Whether a routing state goes from layer to layer."""
-        return self.router_type != "linear" and self.num_experts > 0
+        return self.routing is not None
 
     @property
     def replica(self) -> int:
@@ -163,182 +82,240 @@ class Settings:
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
-    """Megatron's command line as :class:`Settings`. Raises UsageError for what is missing, wrong or not known here."""
-    given = _options(argv)
-    read = _Reader(given)
-    for option in UNKNOWN:
-        if option in given:
-            raise UsageError(f"rmoe plan cannot compute with {option}; leave it out")
+    """Megatron's command line as :class:`Settings`.
 
-    layers, hidden = read.needed("--num-layers"), read.needed("--hidden-size")
-    heads = read.needed("--num-attention-heads")
-    head_size = read("--kv-channels") or hidden // heads
-    gated = read.flag("--swiglu")
+    Raises:
+        UsageError: one line about what is missing, unknown or wrong, sizes that do not fit each other, and what
+            changes a model in ways that are not computed here.
+    """
+    args, parser = _parse(argv)
+    options.refuse(args, parser)
+    missing = [option for option in _NEEDED if getattr(args, options.dest(option)) is None]
+    if missing:
+        raise UsageError(f"{missing[0]} is missing: neither the configuration nor the command line has it")
+    below = [option for option in _POSITIVE if (getattr(args, options.dest(option)) or 0) < 0]
+    below += [o for o in _POSITIVE if getattr(args, options.dest(o)) == 0 and o != "--num-experts"]
+    if below:
+        raise UsageError(f"{below[0]}: must be at least 1, got {getattr(args, options.dest(below[0]))}")
+    return _settings(args, options.not_counted(args, parser))
+
+
+_NEEDED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size")
+_POSITIVE = (
+    *_NEEDED,
+    "--ffn-hidden-size",
+    "--kv-channels",
+    "--num-query-groups",
+    "--num-experts",
+    "--moe-ffn-hidden-size",
+    "--moe-shared-expert-intermediate-size",
+    "--moe-router-topk",
+    "--max-position-embeddings",
+    "--vocab-size",
+    "--padded-vocab-size",
+    "--make-vocab-size-divisible-by",
+    "--global-batch-size",
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    "--context-parallel-size",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+    "--recompute-num-layers",
+)
+
+
+def is_argument(option: str) -> bool:
+    """Whether Megatron or the package has an argument so spelled."""
+    return option in _parser()._option_string_actions
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = _parser()
+    from rmoe_megablocks.megatron import arguments
+
+    return arguments.parse(argv), parser
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about kernels that a plan does not need
+        megatron_cpu.install(announce=False)  # nothing runs here
+        from rmoe_megablocks.megatron import arguments, parser  # seconds, which the other commands do not need
+
+        return parser.build(arguments.add_run_arguments)
+
+
+def _settings(args: argparse.Namespace, not_counted: tuple[str, ...]) -> Settings:
+    layers, hidden, heads = args.num_layers, args.hidden_size, args.num_attention_heads
+    gated, experts, tensor = args.swiglu, args.num_experts or 0, args.tensor_model_parallel_size
     # arguments.py:1280
-    ffn = read("--ffn-hidden-size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
-    tensor, pipeline = read("--tensor-model-parallel-size"), read("--pipeline-model-parallel-size")
-    experts = read("--num-experts") or 0
-    half = read.flag("--fp16") or read.flag("--bf16")
+    ffn = args.ffn_hidden_size or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
+    half = args.fp16 or args.bf16
     dtype_bytes = 2 if half else 4
-    recompute, modules = _recompute(given, read)
-    bias = not read.flag("--disable-bias-linear")
-    fused = read("--transformer-impl") == "transformer_engine" and half and read("--attention-backend") != "unfused"
-    return Settings(
+    router_dtype_bytes = {"fp32": 4, "fp64": 8}.get(args.moe_router_dtype, dtype_bytes)
+    recompute, modules = _recompute(args)
+    fused = args.transformer_impl == "transformer_engine" and half and args.attention_backend.name != "unfused"
+    settings = Settings(
         num_layers=layers,
         hidden_size=hidden,
         heads=heads,
-        head_size=head_size,
-        query_groups=read("--num-query-groups") if read.flag("--group-query-attention") else heads,
+        head_size=args.kv_channels or hidden // heads,
+        query_groups=args.num_query_groups if args.group_query_attention else heads,
         ffn_size=ffn,
         num_experts=experts,
-        expert_ffn_size=read("--moe-ffn-hidden-size") or ffn,
-        shared_expert_size=read("--moe-shared-expert-intermediate-size") or 0,
-        shared_expert_gate=read.flag("--moe-shared-expert-gate"),
-        moe_layers=_moe_layers(str(read("--moe-layer-freq")), layers) if experts else (False,) * layers,
-        topk=read("--moe-router-topk"),
-        router_type=read("--moe-router-type"),
-        state_size=read("--moe-router-rnn-hidden-size"),
-        router_bias=read.flag("--moe-router-rnn-bias"),
-        router_dtype_bytes={"fp32": 4, "fp64": 8}.get(read("--moe-router-dtype"), dtype_bytes),
+        expert_ffn_size=args.moe_ffn_hidden_size or ffn,
+        shared_expert_size=args.moe_shared_expert_intermediate_size or 0,
+        shared_expert_gate=args.moe_shared_expert_gate,
+        moe_layers=_moe_layers(args.moe_layer_freq, layers) if experts else (False,) * layers,
+        topk=args.moe_router_topk,
+        router_type=args.moe_router_type,
+        routing=_routing(args, dtype_bytes, router_dtype_bytes) if experts else None,
+        router_dtype_bytes=router_dtype_bytes,
         gated=gated,
-        linear_bias=bias,
-        qkv_bias=bias or read.flag("--add-qkv-bias"),
-        layer_norm=read("--normalization") == "LayerNorm",
-        qk_layernorm=read.flag("--qk-layernorm"),
-        positions=read.needed("--max-position-embeddings")
-        if read("--position-embedding-type") == "learned_absolute"
-        else 0,
-        vocab_size=_vocabulary(given, read, tensor),
-        tied=not read.flag("--untie-embeddings-and-output-weights"),
-        hidden_dropout=read("--hidden-dropout") > 0,
-        attention_dropout=read("--attention-dropout") > 0,
+        linear_bias=args.add_bias_linear,
+        qkv_bias=args.add_bias_linear or args.add_qkv_bias,
+        layer_norm=args.normalization == "LayerNorm",
+        qk_layernorm=args.qk_layernorm,
+        positions=_positions(args),
+        vocab_size=_vocabulary(args, tensor),
+        tied=not args.untie_embeddings_and_output_weights,
+        hidden_dropout=args.hidden_dropout > 0,
+        attention_dropout=args.attention_dropout > 0,
         fused_attention=fused,
         dtype_bytes=dtype_bytes,
-        grad_bytes=_grad_bytes(read),
-        seq_length=read.needed("--seq-length"),
-        micro_batch_size=read.needed("--micro-batch-size"),
-        global_batch_size=read("--global-batch-size") or 0,
+        grad_bytes=_grad_bytes(args),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size or 0,
         tensor=tensor,
-        pipeline=pipeline,
-        virtual=_virtual(read, layers, pipeline),
-        context=read("--context-parallel-size"),
-        expert=read("--expert-model-parallel-size"),
-        expert_tensor=read("--expert-tensor-parallel-size") or tensor,
-        sequence_parallel=read.flag("--sequence-parallel") and tensor > 1,
-        distributed_optimizer=read.flag("--use-distributed-optimizer"),
+        pipeline=args.pipeline_model_parallel_size,
+        virtual=_virtual(args),
+        context=args.context_parallel_size,
+        expert=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size or tensor,
+        sequence_parallel=args.sequence_parallel and tensor > 1,
+        distributed_optimizer=args.use_distributed_optimizer,
         recompute=recompute,
         recompute_modules=modules,
-        recompute_method=read("--recompute-method") or "",
-        recompute_num_layers=read("--recompute-num-layers") or 1,
+        recompute_method=args.recompute_method or "",
+        recompute_num_layers=args.recompute_num_layers or 1,
+        not_counted=not_counted,
     )
+    _check_model(args, settings)
+    return settings
 
 
-def known_options() -> set[str]:
-    """Every option that a plan looks at."""
-    return {*VALUES, *FLAGS, *UNKNOWN, *_DATA, "--recompute-modules"}
+def _check_model(args: argparse.Namespace, s: Settings) -> None:
+    """Sizes of the model that do not fit each other, whatever the layout."""
+    for wrong, line in (
+        (
+            not args.kv_channels and s.hidden_size % s.heads,
+            f"--hidden-size {s.hidden_size} is not a multiple of --num-attention-heads {s.heads}, and no --kv-channels",
+        ),
+        (
+            s.heads % s.query_groups,
+            f"--num-attention-heads {s.heads} is not a multiple of --num-query-groups {s.query_groups}",
+        ),
+        (
+            s.num_experts and s.topk > s.num_experts,
+            f"--moe-router-topk {s.topk} is more than --num-experts {s.num_experts}",
+        ),
+        (
+            s.positions and s.positions < s.seq_length,
+            f"--seq-length {s.seq_length} exceeds --max-position-embeddings {s.positions}",
+        ),
+        (s.shared_expert_gate and not s.shared_expert_size, "--moe-shared-expert-gate without a shared expert"),
+        (
+            not s.num_experts and get_router_type(s.router_type).recurrent,
+            f"--moe-router-type {s.router_type}: the model has no experts to route to; set --num-experts",
+        ),
+        (args.bf16 and args.fp16, "--fp16 and --bf16 exclude each other"),
+    ):
+        if wrong:
+            raise UsageError(line)
 
 
-class _Reader:
-    def __init__(self, given: dict[str, list[str]]) -> None:
-        self._given = given
-
-    def __call__(self, option: str):
-        kind, default = VALUES[option]
-        values = self._given.get(option)
-        if values is None:
-            return default
-        if len(values) != 1:
-            raise UsageError(f"{option}: expected one value, found {len(values)}")
-        try:
-            value = kind(values[0])
-        except ValueError:
-            raise UsageError(f"{option}: {values[0]!r} is not a {'whole ' * (kind is int)}number") from None
-        if kind is int and value < 1:
-            raise UsageError(f"{option}: must be at least 1, got {value}")
-        return value
-
-    def needed(self, option: str) -> int:
-        value = self(option)
-        if value is None:
-            raise UsageError(f"{option} is missing: neither the configuration nor the command line has it")
-        return value
-
-    def flag(self, option: str) -> bool:
-        return option in self._given
+def _routing(args: argparse.Namespace, dtype_bytes: int, router_dtype_bytes: int) -> RoutingCost | None:
+    router_type = get_router_type(args.moe_router_type)
+    if not router_type.recurrent:
+        return None
+    config = RoutingConfig(
+        hidden_size=args.hidden_size,
+        num_experts=args.num_experts,
+        state_size=args.moe_router_rnn_hidden_size,
+        bias=args.moe_router_rnn_bias,
+    )
+    return measure(router_type, config, dtype_bytes, router_dtype_bytes)
 
 
-def _options(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Options with their values; the last of a repeated one, as argparse takes it."""
-    result: dict[str, list[str]] = {}
-    for group in groups_of(list(argv)):
-        name, equals, value = group[0].partition("=")
-        if not name.startswith("--"):
-            raise UsageError(f"{name!r} is not an argument (expected --name value)")
-        result.pop(name, None)
-        if (equals and value == "null") or (name in FLAGS and value == "false"):
-            continue  # what it would take back is not there
-        values = [value, *group[1:]] if equals else group[1:]
-        if name in FLAGS and values not in ([], ["true"]):
-            raise UsageError(f"{name} takes no value, found {' '.join(values)!r}")
-        result[name] = values
-    return result
+def _positions(args: argparse.Namespace) -> int:
+    """Learned positions, which are parameters; the other kinds known here have none."""
+    kind = args.position_embedding_type
+    if kind not in ("learned_absolute", "rope", "none"):
+        raise UsageError(f"rmoe plan cannot compute with --position-embedding-type {kind}; use rope")
+    if kind != "learned_absolute":
+        return 0
+    if args.max_position_embeddings is None:
+        raise UsageError("--max-position-embeddings is missing: learned positions need it")
+    return args.max_position_embeddings
 
 
-def _grad_bytes(read: _Reader) -> int:
+def _grad_bytes(args: argparse.Namespace) -> int:
     """Megatron sums bf16 gradients in fp32 unless told otherwise (arguments.py:1192), fp16 ones only if told."""
-    if read.flag("--bf16"):
-        return 2 if read.flag("--grad-reduce-in-bf16") else 4
-    return 2 if read.flag("--fp16") and not read.flag("--accumulate-allreduce-grads-in-fp32") else 4
+    if args.bf16:
+        return 2 if args.grad_reduce_in_bf16 else 4
+    return 2 if args.fp16 and not args.accumulate_allreduce_grads_in_fp32 else 4
 
 
-def _recompute(given: dict[str, list[str]], read: _Reader) -> tuple[str, tuple[str, ...]]:
-    granularity = "selective" if read.flag("--recompute-activations") else read("--recompute-granularity")
-    modules = tuple(given.get("--recompute-modules", ())) or ("core_attn",)  # arguments.py: selective's default
+def _recompute(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
+    granularity = "selective" if args.recompute_activations else args.recompute_granularity
+    modules = tuple(args.recompute_modules or ()) or ("core_attn",)  # arguments.py: selective's default
+    unknown = [module for module in modules if module not in options.RECOMPUTE_MODULES]
+    if granularity == "selective" and unknown:
+        raise UsageError(f"rmoe plan cannot compute with --recompute-modules {unknown[0]}")
     return granularity or "none", modules if granularity == "selective" else ()
 
 
-def _virtual(read: _Reader, layers: int, pipeline: int) -> int:
-    per_stage = read("--num-layers-per-virtual-pipeline-stage")
-    if per_stage:
-        return max(1, layers // pipeline // per_stage)
-    return read("--num-virtual-stages-per-pipeline-rank") or 1
+def _virtual(args: argparse.Namespace) -> int:
+    per_stage, stages = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
+    if per_stage and stages:
+        raise UsageError(
+            "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same: give one"
+        )
+    if not per_stage:
+        return stages or 1
+    layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
+    if layers % (pipeline * per_stage):
+        raise UsageError(
+            f"--num-layers {layers} is not a multiple of --num-layers-per-virtual-pipeline-stage {per_stage} "
+            f"times --pipeline-model-parallel-size {pipeline}"
+        )
+    return layers // pipeline // per_stage
 
 
-def _moe_layers(text: str, layers: int) -> tuple[bool, ...]:
-    """``--moe-layer-freq``: every N-th layer from the first on, or a list expression such as ([0]*1+[1]*23)."""
-    try:
-        value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError):
-        value = None
-    if isinstance(value, int) and value > 0:
-        return tuple(i % value == 0 for i in range(layers))
-    if isinstance(value, list) and len(value) == layers:
-        return tuple(bool(item) for item in value)
-    raise UsageError(f"--moe-layer-freq: {text!r} is neither a number nor a list of {layers} zeros and ones")
+def _moe_layers(frequency: int | list, layers: int) -> tuple[bool, ...]:
+    """``--moe-layer-freq``: every N-th layer from the first on, or a list such as ([0]*1+[1]*23)."""
+    if isinstance(frequency, int) and frequency > 0:
+        return tuple(index % frequency == 0 for index in range(layers))
+    if isinstance(frequency, list) and len(frequency) == layers and set(frequency) <= {0, 1}:
+        return tuple(bool(item) for item in frequency)
+    raise UsageError(f"--moe-layer-freq: {frequency!r} is neither a number nor a list of {layers} zeros and ones")
 
 
-def _evaluate(node: ast.expr):
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.List):
-        return [_evaluate(item) for item in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _evaluate(node.left), _evaluate(node.right)
-        return left + right if isinstance(node.op, ast.Add) else left * right
-    raise ValueError("not a list expression")
-
-
-def _vocabulary(given: dict[str, list[str]], read: _Reader, tensor: int) -> int:
+def _vocabulary(args: argparse.Namespace, tensor: int) -> int:
     """Rows of the embedding: as given, or padded as training/vocab_utils.py pads a tokenizer's."""
-    padded = read("--padded-vocab-size")
-    if padded:
-        return padded
-    size = read("--vocab-size")
-    if size is None and not any(option in given for option in _DATA):
-        size = _dataset_vocabulary(read("--dataset"))
+    if args.padded_vocab_size:
+        return args.padded_vocab_size
+    size = args.vocab_size
+    data = (args.data_path, args.data_args_path, args.per_split_data_args_path, args.train_data_path, args.mock_data)
+    if size is None and not any(data):
+        size = _dataset_vocabulary(args.dataset)
     if size is None:
         raise UsageError("the vocabulary's size is not known: give --vocab-size or --padded-vocab-size")
-    multiple = read("--make-vocab-size-divisible-by") * tensor
+    multiple = args.make_vocab_size_divisible_by * tensor
     return -(-size // multiple) * multiple
 
 

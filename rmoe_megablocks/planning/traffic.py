@@ -32,7 +32,8 @@ def traffic(settings: Settings, world_size: int) -> Traffic:
     tokens = memory.tokens_on_rank(settings) / share
     messages = steps * max(_messages(settings, rank) for rank in range(settings.pipeline))
     # the state travels in its own dtype's bits, or widened to the pipeline's (megatron/recurrence/stage_boundary.py)
-    wire = max(settings.router_dtype_bytes, settings.dtype_bytes) * settings.state_size if settings.recurrent else 0
+    state_size = settings.routing.state_size if settings.routing else 0
+    wire = max(settings.router_dtype_bytes, settings.dtype_bytes) * state_size
     state = messages * tokens * wire
     return Traffic(
         pipeline=int(messages * tokens * settings.hidden_size * settings.dtype_bytes + state),

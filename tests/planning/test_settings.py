@@ -1,14 +1,11 @@
-"""Reading arguments without Megatron: its defaults, and what is told when something is missing or wrong."""
-
-import argparse
+"""Reading arguments: what follows from them, and what is told when something is missing, unknown or wrong."""
 
 import pytest
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import parser
 from rmoe_megablocks.megatron.arguments import add_run_arguments
-from rmoe_megablocks.planning.settings import FLAGS, UNKNOWN, VALUES, read_settings
-
-from megatron.training.arguments import add_megatron_arguments  # isort: skip  after CPU mode
+from rmoe_megablocks.planning import options, read_settings
 
 SIZES = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --vocab-size 100 "
@@ -18,18 +15,17 @@ SIZES = (
 
 @pytest.fixture(scope="module")
 def actions():
-    parser = add_run_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    return parser._option_string_actions
+    return parser.build(add_run_arguments)._option_string_actions
 
 
-def test_megatron_knows_every_option_that_a_plan_reads(actions):
-    assert [option for option in (*VALUES, *FLAGS, *UNKNOWN) if option not in actions] == []
+def test_megatron_knows_every_option_of_the_lists(actions):
+    lists = (options.COUNTED, options.REFUSED, options._NEUTRAL)
+    assert [option for known in lists for option in known if option not in actions] == []
+    assert len(set(sum(lists, []))) == sum(map(len, lists))  # in one list only
 
 
-@pytest.mark.parametrize("option", VALUES)
-def test_defaults_are_megatrons(actions, option):
-    default = actions[option].default
-    assert getattr(default, "name", default) == VALUES[option][1]  # --attention-backend is an enum
+def test_groups_that_move_no_figure_exist(actions):
+    assert options._NEUTRAL_GROUPS <= {group.title for group in parser.build(add_run_arguments)._action_groups}
 
 
 def read(extra=""):
@@ -57,12 +53,43 @@ def test_dense_layers(frequency, expected):
     ("argv", "message"),
     [
         ("--num-layers 4", "--hidden-size is missing"),
-        (SIZES + "--num-layers four", "--num-layers: 'four' is not a whole number"),
+        (SIZES + "--num-layers four", "--num-layers: invalid value: 'four' is not a whole number"),
         (SIZES + "--num-layers 0", "--num-layers: must be at least 1, got 0"),
-        (SIZES + "--num-layers 4 5", "--num-layers: expected one value, found 2"),
+        (SIZES + "--num-layers -4", "--num-layers: must be at least 1, got -4"),
+        (SIZES + "--num-layers 4 5", "--num-layers: takes one value, found 2: 4 5"),
+        (SIZES + "--global-batch-size 0", "--global-batch-size: must be at least 1, got 0"),
+        (SIZES + "--nmu-layers 3", r"unrecognized arguments: --nmu-layers 3 .did you mean --num-layers\?"),
+        (SIZES + "--num-experts 8 --moe-router-type rnn", "--moe-router-type: invalid choice: 'rnn'.*linear, gru"),
+        (SIZES + "--num-experts 8 --moe-router-type Gru", r"invalid choice: 'Gru' .did you mean gru\?"),
+        (SIZES + "--moe-router-type gru", "--moe-router-type gru: the model has no experts to route to"),
         (SIZES + "--multi-latent-attention", "cannot compute with --multi-latent-attention"),
+        (SIZES + "--optimizer muon", "cannot compute with --optimizer"),
+        (SIZES + "--softmax-type learnable", "cannot compute with --softmax-type"),
+        (SIZES + "--use-checkpoint-args --load x", "cannot compute with --use-checkpoint-args"),
+        (SIZES + "--transformer-impl inference_optimized", "cannot compute with --transformer-impl inference_opt"),
+        (SIZES + "--position-embedding-type relative", "cannot compute with --position-embedding-type relative"),
+        (SIZES + "--hidden-size 66", "--hidden-size 66 is not a multiple of --num-attention-heads 4, and no --kv"),
+        (
+            SIZES + "--group-query-attention --num-query-groups 3",
+            "--num-attention-heads 4 is not a multiple of --num-query-groups 3",
+        ),
+        (SIZES + "--num-experts 4 --moe-router-topk 5", "--moe-router-topk 5 is more than --num-experts 4"),
+        (SIZES + "--num-experts 4 --moe-router-topk 0", "--moe-router-topk: must be at least 1, got 0"),
+        (SIZES + "--seq-length 64", "--seq-length 64 exceeds --max-position-embeddings 32"),
+        (SIZES + "--num-experts 4 --moe-shared-expert-gate", "--moe-shared-expert-gate without a shared expert"),
+        (SIZES + "--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
+        (
+            SIZES + "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+            "--num-layers 4 is not a multiple of --num-layers-per-virtual-pipeline-stage 3 times .* 2",
+        ),
         (SIZES + "--num-experts 8 --moe-layer-freq [1]*3", "--moe-layer-freq: .* neither a number nor a list of 4"),
-        (SIZES + "--num-experts 8 --moe-layer-freq __import__('os')", "--moe-layer-freq"),
+        (SIZES + "--num-experts 8 --moe-layer-freq 0", "--moe-layer-freq: 0 is neither"),
+        (SIZES + "--num-experts 8 --moe-layer-freq -1", "--moe-layer-freq: -1 is neither"),
+        (SIZES + "--num-experts 8 --moe-layer-freq [0,2,1,1]", "--moe-layer-freq: .* zeros and ones"),
+        (
+            SIZES + "--recompute-granularity selective --recompute-modules mla_up_proj",
+            "cannot compute with --recompute",
+        ),
         (SIZES.replace("--vocab-size 100", "--mock-data"), "the vocabulary's size is not known"),
         (SIZES.replace("--vocab-size 100", "--dataset nowhere"), "--dataset: .*nowhere"),
     ],
@@ -71,3 +98,14 @@ def test_errors_are_one_line(argv, message):
     with pytest.raises(UsageError, match=message) as caught:
         read_settings(argv.split())
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_figures_leave_out_is_named():
+    extra = "--lr 1e-3 --save x --num-experts 8 --expert-model-parallel-size 2"
+    assert read(extra + " --cpu-offloading-num-layers 1").not_counted == (
+        "--cpu-offloading-num-layers",
+        "--moe-token-dispatcher-type allgather",
+    )
+    assert read("--num-experts 8 --moe-token-dispatcher-type allgather --seed 7").not_counted == ()  # one rank
+    assert read(extra + " --moe-token-dispatcher-type alltoall").not_counted == ()
+    assert read("--softmax-type vanilla --optimizer adam").not_counted == ()  # Megatron's defaults

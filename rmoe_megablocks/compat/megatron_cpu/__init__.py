@@ -52,8 +52,8 @@ def active() -> bool:
     return _active
 
 
-def install() -> bool:
-    """Install CPU mode where it is needed, and tell whether it is installed.
+def install(announce: bool = True) -> bool:
+    """Install CPU mode where it is needed, and tell whether it is installed; ``announce`` says it in one line.
 
     It has to come before the first import of Megatron, which looks at torch while it is imported. Calling it again
     changes nothing.
@@ -78,7 +78,8 @@ def install() -> bool:
 
     megatron_patches.install()
     _active = True
-    _announce()
+    if announce:
+        _announce()
     return True
 
 
