@@ -1,8 +1,9 @@
 """Stand-in for ``grouped_gemm``: ``backend.gmm`` and ``ops.gmm`` on torch.nn.functional.grouped_mm.
 
 grouped_mm serves bf16 on CUDA, and fp32 and bf16 on the CPU, where it measured 0-15 % faster than a loop of matrix
-products at 64 to 512 columns (twice as fast below). It wants rows of whole 16 bytes. Everything else takes the loop:
-batch sizes are on the host anyway, while grouped_mm's own fallback on CUDA reads them back from the device.
+products at 64 to 512 columns (twice as fast below). It wants rows of whole 16 bytes, and torch 2.10. Everything else
+takes the loop: batch sizes are on the host anyway, while grouped_mm's own fallback on CUDA reads them back from the
+device.
 """
 
 from types import SimpleNamespace
@@ -81,7 +82,9 @@ def gmm_with_gradients(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool 
 
 
 def _served(a: Tensor, b: Tensor) -> bool:
-    """Whether grouped_mm takes these operands, and without reading the device back."""
+    """Whether grouped_mm is there and takes these operands, and without reading the device back."""
+    if not hasattr(F, "grouped_mm"):
+        return False
     dtypes = (torch.bfloat16,) if a.device.type == "cuda" else (torch.float32, torch.bfloat16)
     return a.dtype in dtypes and all(
         operand.shape[-1] * operand.itemsize % _ALIGNMENT == 0 and operand.data_ptr() % _ALIGNMENT == 0
