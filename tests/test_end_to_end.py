@@ -52,9 +52,10 @@ def run(runs: Path, name: str, *argv: str, command=LAUNCHER) -> str:
     return output
 
 
-def metrics(runs: Path, name: str) -> list[dict]:
+def metrics(runs: Path, name: str, kind: str = "train") -> list[dict]:
     path = runs / name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["kind"] == kind]
 
 
 def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:

@@ -156,7 +156,12 @@ class Reporter:
 
         Not when the last iteration was evaluated just before the training ended, and not what comes exactly.
         """
-        return iteration != self._evaluated_at if split == "valid" else split not in self._exact
+        if split == "valid":
+            return iteration != self._evaluated_at
+        if get_args().multiple_validation_sets and split not in self._exact:
+            self.say("test is not evaluated: Megatron takes it for one of several validation sets, and fails")
+            return False
+        return split not in self._exact
 
     def on_evaluation(self, split: str, index: int, iteration: int, losses: dict, seconds: float) -> None:
         """A set is evaluated. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_evaluations`."""

@@ -1,10 +1,9 @@
 """summary.json: what a run came to, with the exact evaluation of its splits.
 
 ``iterations``, ``tokens`` and ``seconds`` are those of all sessions of the run up to the weights that are evaluated.
-``valid_bpc``, ``test_bpc`` and ``bigram_bpc`` (of the test split) stand for whole splits only. Under --eval-tokens
-``valid_bpc_partial``, ``test_bpc_partial`` and ``bigram_bpc_partial`` take the place of those that cover a split's
-first tokens. ``evaluation`` tells for each split how many ``tokens`` ``of`` all were predicted, or why it was
-``left_out``: there is never a figure of nothing.
+``valid_bpc``, ``test_bpc`` and ``bigram_bpc`` (on test, or on valid where that is all) stand for whole splits only:
+under --eval-tokens the names of figures of a split's first tokens end in ``_partial``. ``evaluation`` tells for each
+split how many ``tokens`` ``of`` all were predicted, or why it was ``left_out``: there is never a figure of nothing.
 """
 
 import argparse
@@ -17,6 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from rmoe_megablocks import data
+from rmoe_megablocks.megatron import datasets
 from rmoe_megablocks.megatron.checkpoints.files import write_atomically
 from rmoe_megablocks.megatron.monitoring import evaluation
 from rmoe_megablocks.megatron.monitoring.evaluation import Part
@@ -26,6 +26,7 @@ from rmoe_megablocks.megatron.monitoring.reporting import Reporter
 from rmoe_megablocks.megatron.resolve import Run
 
 SPLITS = ("valid", "test")
+_UNFINISHED = "not finished"
 _MANY_TOKENS = 10_000_000  # of the training split: counting their bigrams takes a second or more
 
 
@@ -46,9 +47,8 @@ def _left_out(run: Run, split: str) -> str | None:
         return "--no-final-evaluation"
     if run.metadata is None:
         return "the bytes of its text are known of a --dataset only"
-    found = run.metadata.splits[split]
-    if found.tokens < 2 or not found.bytes:
-        return f"the {split} split has {found.tokens or 'no'} token{'s' * (found.tokens != 1)}: nothing to predict"
+    if split not in datasets.evaluated_splits(run.metadata):
+        return f"the split has {run.metadata.splits[split].tokens} tokens: nothing to predict"
     return None
 
 
@@ -77,13 +77,10 @@ def summarise(run: Run, model: list[torch.nn.Module], reporter: Reporter) -> Non
         **(reporter.metrics.totals(iterations) if reporter.writes else {}),
         "seed": args.seed,
         "peak_memory_bytes": _peak_memory(),
-        "evaluation": {split: {"left_out": _left_out(run, split) or "not finished"} for split in SPLITS},
+        "evaluation": {split: {"left_out": _left_out(run, split) or _UNFINISHED} for split in SPLITS},
     }
     _write(run, reporter, summary)  # a run that is killed while it is evaluated has one, too
     splits = evaluated_splits(run)
-    if run.metadata is not None and not args.no_final_evaluation:
-        for split in sorted(set(SPLITS) - set(splits)):
-            reporter.say(f"{_left_out(run, split)}; it is left out of the evaluation")
     if splits:
         _evaluate(run, model, reporter, summary, splits)
         _write(run, reporter, summary)
@@ -114,12 +111,12 @@ def _evaluate(run: Run, model: list[torch.nn.Module], reporter: Reporter, summar
                 with TokenProgress(f"evaluating {split}", part.predicted, say) as progress:
                     nats = evaluation.mean_loss(model, part.tokens, interruption.check, progress.update)
                 _enter(summary, split, part, part.bits_per_byte(nats))
-            if "test" in parts and reporter.writes:
+            if reporter.writes:
                 interruption.alone()
-                _add_bigram(run, reporter, summary, parts["test"])
+                _add_bigram(run, reporter, summary, part)
     except Interrupted as interrupted:
         for split in splits:
-            if "left_out" in summary["evaluation"][split]:
+            if summary["evaluation"][split] == {"left_out": _UNFINISHED}:
                 summary["evaluation"][split] = {"left_out": f"interrupted {interrupted}"}
         reporter.say(
             f"evaluation interrupted {interrupted}: the training is done and saved, the same command evaluates again"
@@ -161,7 +158,7 @@ def _results(summary: dict, splits: Iterable[str]) -> str:
         else:
             words.append(f"{split} {summary[f'{split}_bpc']:.3f} bpc")
     line = ", ".join(words)
-    for key, where in (("bigram_bpc", ""), ("bigram_bpc_partial", ", on the same part of test")):
+    for key, where in (("bigram_bpc", ""), ("bigram_bpc_partial", ", on the same part")):
         if key in summary:
             line += f" (a bigram model of the same training text: {summary[key]:.3f}{where})"
     return line
