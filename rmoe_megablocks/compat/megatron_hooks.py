@@ -101,15 +101,3 @@ def observe_evaluations(wanted: Callable[[str, int], bool], observer: Callable[.
 
     evaluate_and_print_results.original = original
     training.evaluate_and_print_results = evaluate_and_print_results
-
-
-def _check_parameters(function: Callable, *names: str) -> None:
-    """A parameter that an observer reads by name, and that is gone, is told at import, not in the first iteration."""
-    missing = [name for name in names if name not in inspect.signature(function).parameters]
-    if missing:
-        raise ImportError(f"this Megatron's {function.__module__}.{function.__name__} has no {', '.join(missing)}")
-
-
-_check_parameters(training.training_log, "loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm")
-_check_parameters(training.evaluate_and_print_results, "prefix", "iteration", "write_to_tensorboard")
-_check_parameters(training.evaluate, "model", "eval_iters")
