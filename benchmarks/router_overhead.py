@@ -81,5 +81,6 @@ def _train(folder: Path, name: str, model: str, router: str, args: argparse.Name
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["kind"] == "train"]
     summary = json.loads((folder / name / "summary.json").read_text())
     return statistics.median(r["seconds"] for r in records[args.warmup :]), summary["peak_memory_bytes"]

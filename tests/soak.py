@@ -72,7 +72,7 @@ class Run:
     def iterations(self) -> int:
         """Iterations that were done, whether or not a checkpoint has them."""
         metrics = self.folder / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
+        return metrics.read_text().count('{"kind": "train"') if metrics.exists() else 0
 
     def wait_for_training(self) -> bool:
         """Until this attempt has done an iteration; False if it ends before."""

@@ -52,9 +52,10 @@ def run(runs: Path, name: str, *argv: str, command=LAUNCHER) -> str:
     return output
 
 
-def metrics(runs: Path, name: str) -> list[dict]:
+def metrics(runs: Path, name: str, kind: str = "train") -> list[dict]:
     path = runs / name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["kind"] == kind]
 
 
 def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
@@ -80,6 +81,9 @@ def test_what_a_run_leaves(runs, straight):
     lines = metrics(runs, "straight")
     assert [line["iteration"] for line in lines] == list(range(1, 21))
     assert lines[-1]["lm_loss"] < lines[0]["lm_loss"]
+    (valid,) = metrics(runs, "straight", "valid")
+    assert valid["iteration"] == 20 and valid["tokens"] == 8 * 64 and valid["trained_tokens"] == summary["tokens"]
+    assert valid["bpc"] == pytest.approx(summary["valid_bpc"], rel=0.1) and not metrics(runs, "straight", "test")
     logged = [line["iteration"] for line in lines if "routing" in line]
     assert logged == [5, 10, 15, 20]
     routing = lines[-1]["routing"]
@@ -96,14 +100,43 @@ def test_what_the_terminal_shows(straight):
     line = next(line for line in straight.splitlines() if "iteration" in line and "20/20" in line)
     for word in ("loss", "bpc", "tokens/s", "left", "balance", "busiest", "entropy", "|h|"):
         assert word in line
+    assert re.search(r"iteration +20/20 \| valid \| loss \d\.\d+ \| bpc \d\.\d+ \| 512 tokens", straight)
     assert re.search(r"test \d\.\d+ bpc, valid \d\.\d+ bpc \(a bigram model", straight)
     assert len(straight.splitlines()) < 25  # Megatron's own output is in the log folder
 
 
 def test_a_finished_run_is_evaluated_not_trained_again(runs, straight):
-    before = metrics(runs, "straight")
-    again = run(runs, "straight")
-    assert "continuing from iteration 20" in again and metrics(runs, "straight") == before
+    """And of a few tokens its figures are marked as partial, on the terminal and in the file."""
+    folder = runs / "straight"
+    before, whole = (folder / "metrics.jsonl").read_text(), json.loads((folder / "summary.json").read_text())
+    again = run(runs, "straight", "--eval-tokens", "1000")
+    assert "continuing from iteration 20" in again and (folder / "metrics.jsonl").read_text() == before
+    part = json.loads((folder / "summary.json").read_text())
+    assert {key: part[key] for key in ("iterations", "tokens", "seconds")} == {
+        key: whole[key] for key in ("iterations", "tokens", "seconds")
+    }
+    assert "test_bpc" not in part and "bigram_bpc" not in part
+    assert part["evaluation"]["test"] == {"tokens": 1000, "of": 49999}
+    assert f"test {part['test_bpc_partial']:.3f} bpc (partial: the first 1,000 of 49,999 tokens)" in again
+    assert "\r" not in again
+    (folder / "summary.json").write_text(json.dumps(whole))
+
+
+def test_the_final_evaluation_is_announced_and_ctrl_c_ends_it(runs):
+    process = start(runs, "interrupted", "--train-iters", "2", "--no-checkpoints")
+    lines = []
+    while not lines or not (lines[-1].startswith("evaluating") or lines[-1] == ""):
+        lines.append(process.stdout.readline())
+    assert "valid (49,999 tokens) and test (49,999 tokens)" in lines[-1] and "--no-final-evaluation" in lines[-1]
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in output, "".join(lines) + output
+    assert time.monotonic() - asked < 15 and "evaluation interrupted by a signal" in output
+    summary = json.loads((runs / "interrupted" / "summary.json").read_text())
+    assert summary["iterations"] == 2 and summary["tokens"] == 2 * 8 * 64
+    assert summary["evaluation"]["test"] == {"left_out": "interrupted by a signal"}
+    assert not any("bpc" in key for key in summary)
 
 
 def test_stopped_and_resumed_equals_undisturbed(runs, straight):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import time
 from collections.abc import Callable
 
 from megatron.core.pipeline_parallel import schedules
@@ -55,3 +56,48 @@ def observe_training_log(observer: Callable[..., None]) -> None:
 
     training_log.original = original
     training.training_log = training_log
+
+
+def observe_evaluations(wanted: Callable[[str, int], bool], observer: Callable[..., None]) -> None:
+    """Calls ``observer(split, index, iteration, losses, seconds)`` on every rank after each set that is evaluated.
+
+    Args:
+        wanted: asked on every rank with (split, iteration) before each evaluation; False leaves it out.
+        observer: ``split`` is "valid" or "test", ``index`` numbers the validation sets, ``losses`` is a mean for each
+            name, empty where this rank is not on the last stage.
+
+    The training loop tells nobody what it found: ``training.evaluate_and_print_results`` (training.py:4054, 1480 and
+    1496) prints it, ``training.evaluate``, called there for each set (training.py:4395), returns it; both are looked
+    up when called. The test split would go to TensorBoard as a point of the validation curve: it does not.
+    """
+    original = getattr(training.evaluate_and_print_results, "original", training.evaluate_and_print_results)
+    evaluate = training.evaluate
+    signature = inspect.signature(original)
+
+    def evaluate_and_print_results(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        split = "test" if call.arguments["prefix"].endswith("on test set") else "valid"
+        iteration = call.arguments["iteration"]
+        if not wanted(split, iteration):
+            return
+        if split == "test":
+            call.arguments["write_to_tensorboard"] = False
+        found = []
+
+        def evaluate_and_keep(*args, **kwargs):
+            started = time.perf_counter()
+            result = evaluate(*args, **kwargs)
+            found.append((result[0], time.perf_counter() - started))
+            return result
+
+        training.evaluate = evaluate_and_keep
+        try:
+            original(*call.args, **call.kwargs)
+        finally:
+            training.evaluate = evaluate
+        for index, (losses, seconds) in enumerate(found):
+            if losses is not None:  # None: --exit-duration-in-mins ended it
+                observer(split, index, iteration, losses, seconds)
+
+    evaluate_and_print_results.original = original
+    training.evaluate_and_print_results = evaluate_and_print_results

@@ -72,6 +72,12 @@ TOUCHED: tuple[Touched, ...] = (
         ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
     ),
     Touched(
+        "megatron.training.training:evaluate_and_print_results",
+        "report each evaluation",
+        ("prefix", "iteration", "write_to_tensorboard"),
+    ),
+    Touched("megatron.training.training:evaluate", "report each evaluation, and to evaluate exactly", ("eval_iters",)),
+    Touched(
         "megatron.training.arguments:parse_args",
         "add its arguments to a script's",
         ("extra_args_provider", "ignore_unknown_args"),

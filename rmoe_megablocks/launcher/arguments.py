@@ -25,7 +25,8 @@ from rmoe_megablocks.launcher.naming import run_name
 
 # where files go, how, and what is shown: another value of these does not make it another run
 _NOT_NAMED = re.compile(
-    r"--(runs-dir|save|load|ckpt-step|async-.*|(no-)?verify-integrity|log-.*|tensorboard-.*|wandb-.*|exit-.*)$"
+    r"--(runs-dir|save|load|ckpt-step|async-.*|(no-)?verify-integrity|log-.*|tensorboard-.*|wandb-.*|exit-.*|"
+    r"skip-train|no-final-evaluation|eval-tokens)$"
 )
 
 

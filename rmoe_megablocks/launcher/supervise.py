@@ -86,7 +86,7 @@ def _ask_to_stop(agent_pid: int) -> None:
     except psutil.NoSuchProcess:
         return
     if workers:
-        _say("stopping: saving a checkpoint (press again to stop at once)")
+        _say("stopping, in training with a checkpoint (press again to stop at once)")
     else:
         workers = [psutil.Process(agent_pid)]  # no worker yet: nothing to save
     _signal(workers, signal.SIGTERM)

@@ -84,7 +84,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--no-final-evaluation",
         action="store_true",
-        help="Leave out the exact evaluation of the validation and test splits.",
+        help="Leave out the exact evaluation of the validation and test splits that ends a run.",
+    )
+    group.add_argument(
+        "--eval-tokens",
+        type=_positive,
+        metavar="N",
+        help="Evaluate only the first N tokens of each split at the end; the figures are marked as partial.",
     )
     return parser
 

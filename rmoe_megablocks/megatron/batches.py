@@ -72,8 +72,13 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
 datasets_provider.is_distributed = True  # read by Megatron: every rank calls it
 
 
-def get_batch(data_iterator, config: TransformerConfig, vp_stage: int | None) -> list[Tensor | None]:
-    """This rank's part of the next micro-batch, in the order of BATCH_KEYS; all None on stages that need none."""
+def get_batch(
+    data_iterator, config: TransformerConfig, vp_stage: int | None, micro_batch_size: int
+) -> list[Tensor | None]:
+    """This rank's part of the next micro-batch, in the order of BATCH_KEYS; all None on stages that need none.
+
+    ``micro_batch_size`` is what the other tensor-parallel ranks make room for.
+    """
     args = get_args()
     if not is_first_or_last_pipeline_stage(vp_stage):
         return [None] * len(BATCH_KEYS)
@@ -91,7 +96,7 @@ def get_batch(data_iterator, config: TransformerConfig, vp_stage: int | None) ->
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=mtp_on_this_rank(
             config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
@@ -124,9 +129,11 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
 def forward_step(data_iterator, model):
     """One micro-batch through this process's model chunk."""
     timers = get_timers()
+    args = get_args()
+    micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     timers("batch-generator", log_level=2).start()
     tokens, labels, loss_mask, position_ids, attention_mask = get_batch(
-        data_iterator, get_model_config(model), get_attr_wrapped_model(model, "vp_stage")
+        data_iterator, get_model_config(model), get_attr_wrapped_model(model, "vp_stage"), micro_batch_size
     )
     timers("batch-generator").stop()
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)

@@ -100,6 +100,8 @@ def _check_heeded(args: argparse.Namespace) -> None:
         raise UsageError("--dataloader-type external: this entry builds the loaders itself; use single or cyclic")
     if args.multiple_validation_sets and not args.full_validation:
         raise UsageError("--multiple-validation-sets needs --full-validation")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation ends Megatron at the first evaluation: add --multiple-validation-sets")
 
 
 def _prepared(args: argparse.Namespace, scratch: Path | None) -> Data:

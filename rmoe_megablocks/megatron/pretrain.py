@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,13 +13,13 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import set_global_variables
 
-from rmoe_megablocks import data, yaml12
+from rmoe_megablocks import yaml12
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import CommonError
-from rmoe_megablocks.megatron import batches, datasets
+from rmoe_megablocks.megatron import batches
 from rmoe_megablocks.megatron.checkpoints import compatibility, safety
-from rmoe_megablocks.megatron.monitoring import evaluation, nonfinite
+from rmoe_megablocks.megatron.monitoring import nonfinite, summary
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from rmoe_megablocks.megatron.monitoring.reporting import Reporter, megatron_output_to
 from rmoe_megablocks.megatron.preflight import check_devices
@@ -86,11 +84,10 @@ def _train(run: Run) -> int:
         )
         if health is not None:
             health.watch(chunks)
-        metadata = run.metadata
-        bytes_per_token = metadata.splits["train"].bytes / metadata.splits["train"].tokens if metadata else None
-        reporter = Reporter(run.folder, bytes_per_token, health)
+        reporter = Reporter(run.folder, summary.bytes_per_token(run), health, summary.evaluated_splits(run))
         reporters.append(reporter)
         megatron_hooks.observe_training_log(reporter.on_iteration)
+        megatron_hooks.observe_evaluations(reporter.wants_evaluation, reporter.on_evaluation)
         _announce(reporter, run)
         reporter.start()
 
@@ -110,9 +107,9 @@ def _train(run: Run) -> int:
         return _stopped(error, reporters[0], args)
     reporter = reporters[0]
     reporter.close()
-    summary = summarise(run, model, reporter)
+    summary.summarise(run, model, reporter)
     torch.distributed.destroy_process_group()
-    return 0 if summary else 1
+    return 0
 
 
 def _stopped(error: nonfinite.NonFiniteError, reporter: Reporter, args: argparse.Namespace) -> int:
@@ -146,63 +143,9 @@ def _announce(reporter: Reporter, run: Run) -> None:
     for note in run.notes:
         reporter.say(note)
     experts = f", {args.moe_backend} experts" if args.num_experts else ""
-    reporter.say(f"{args.run_name}: {args.moe_router_type} router{experts}, {layout(args)}; files in {run.folder}")
+    reporter.say(
+        f"{args.run_name}: {args.moe_router_type} router{experts}, {summary.layout(args)}; files in {run.folder}"
+    )
     if torch.distributed.get_rank() == 0:
         (run.folder / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": run.config}))
         (run.folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=2, sort_keys=True))
-
-
-def layout(args: argparse.Namespace) -> str:
-    """The parallel layout in a few letters, as "PP2 DP2"."""
-    sizes = {
-        "TP": args.tensor_model_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
-        "VPP": args.virtual_pipeline_model_parallel_size or 1,
-        "CP": args.context_parallel_size,
-        "EP": args.expert_model_parallel_size,
-        "DP": args.data_parallel_size,
-    }
-    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 process"
-
-
-def summarise(run: Run, model: Model, reporter: Reporter) -> dict:
-    """Exact validation and test results beside the bigram baseline, in summary.json and on the terminal."""
-    args = run.args
-    totals = reporter.totals()
-    summary = {
-        "router": args.moe_router_type,
-        "moe_backend": args.moe_backend,
-        "layout": layout(args),
-        "iterations": reporter.iteration or args.iteration,
-        "tokens": totals["tokens"],
-        "seconds": totals["seconds"],
-        "seed": args.seed,
-        "peak_memory_bytes": _peak_memory(),
-    }
-    evaluated = []
-    if run.metadata is not None and not args.no_final_evaluation:
-        evaluated = datasets.evaluated_splits(run.metadata)
-    for split in evaluated:
-        split_bytes = run.metadata.splits[split].bytes
-        summary[f"{split}_bpc"] = evaluation.bits_per_byte(model, run.dataset / split, split_bytes)
-    if evaluated:
-        summary["bigram_bpc"] = data.dataset_bigram_bits_per_byte(run.dataset, evaluated[-1])
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        temporary = run.folder / "summary.json.new"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.replace(run.folder / "summary.json")
-    if evaluated:
-        results = ", ".join(f"{split} {summary[f'{split}_bpc']:.3f} bpc" for split in reversed(evaluated))
-        bigram = f"a bigram model of the same training text: {summary['bigram_bpc']:.3f}"
-        reporter.say(f"{results} ({bigram}); {run.folder / 'summary.json'}")
-    return summary
-
-
-def _peak_memory() -> int:
-    """Bytes of the process that needed most, on this host's processors or its GPU."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if torch.cuda.is_available():
-        own = max(torch.cuda.max_memory_allocated(), 0) or own
-    peak = torch.tensor([own], dtype=torch.int64, device="cuda")
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    return int(peak.item())

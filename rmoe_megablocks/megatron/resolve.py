@@ -9,7 +9,7 @@ import torch
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, datasets
+from rmoe_megablocks.megatron import arguments, batch_schedule, datasets
 from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.monitoring import nonfinite
@@ -65,6 +65,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder, make=scratch is None)
+    notes += batch_schedule.choose(args)
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
     chosen = datasets.choose(args, datasets.reads_ids_here(world_size), scratch)

@@ -65,7 +65,6 @@ class Recorder:
         if "health" in self.collect:
             self.health = RoutingHealth(config.num_layers, config.mtp_num_layers or 0, config.num_moe_experts)
             self.health.watch(chunks)
-            self.health.measuring = True
         if "states" in self.collect:
             for chunk in unwrap_model(chunks):
                 for layer in chunk.decoder.layers:
@@ -92,7 +91,7 @@ class Recorder:
             self.result["health"] = self.health.report()
         if "evaluation" in self.collect:  # of a text that leaves part of the last window and of the last batch empty
             text = np.random.default_rng(1).integers(0, 256, 10 * get_args().seq_length + 7)
-            self.result["evaluation"] = evaluation._mean_loss(self.chunks, text)
+            self.result["evaluation"] = evaluation.mean_loss(self.chunks, text)
         if "weights" in self.collect:
             self.result["weights"] = {n: p.detach().clone() for n, p in global_parameters(self.chunks)}
         return self.result

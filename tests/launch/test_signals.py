@@ -112,7 +112,7 @@ def start(tmp_path):
             run.process.wait()
 
 
-STOPPING = "rmoe: stopping: saving a checkpoint (press again to stop at once)\n"
+STOPPING = "rmoe: stopping, in training with a checkpoint (press again to stop at once)\n"
 
 
 def test_the_first_signal_saves_and_torchrun_ends_well(start):

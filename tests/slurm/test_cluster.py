@@ -75,7 +75,8 @@ class Cluster:
 
     def metrics(self, run: str) -> list[dict]:
         path = self.folder / "runs" / run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,13 @@ class RoutingHealth:
 
     Only forwards that will be differentiated count: the first pass of a recomputed layer, evaluation and
     no_grad do not.
+
+    Attributes:
+        measuring: asked at each routing; always by default.
     """
 
     def __init__(self, num_layers: int, num_mtp_layers: int, num_experts: int) -> None:
-        self.measuring = False
+        self.measuring: Callable[[], bool] = lambda: True
         self._num_layers = num_layers
         self._num_experts = num_experts
         # columns: assignments to each expert, summed probability of each expert, entropy, |h|, tokens
@@ -50,7 +53,7 @@ class RoutingHealth:
         observe_routers(chunks, self._observe)
 
     def _observe(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:
-        if self.measuring and router.training and torch.is_grad_enabled():
+        if router.training and torch.is_grad_enabled() and self.measuring():
             self._add(router, logits.detach(), routing_map_TE)
 
     @torch.no_grad()

@@ -1,20 +1,21 @@
 """What a run tells: progress on the terminal, metrics.jsonl, and Megatron's own output in the run's log folder."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from tqdm import tqdm
 
-from rmoe_megablocks.megatron.checkpoints.files import write_atomically
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
+from rmoe_megablocks.megatron.monitoring.metrics import Metrics
 
 
 @contextlib.contextmanager
@@ -39,27 +40,39 @@ class Reporter:
     """Follows training. The last rank, which has the loss, writes and prints.
 
     Args:
-        folder: the run's; metrics.jsonl there gets a line an iteration.
-        bytes_per_token: of the training split, for bits per character; None leaves them out.
+        folder: the run's; metrics.jsonl there gets a line an iteration and one an evaluation.
+        bytes_per_token: of each split, for bits per character; a split that is not there has none.
         health: asked on every logged iteration, None without experts.
+        exact: the splits whose exact evaluation follows: drawing batches from "test" is left out then.
+
+    Attributes:
+        iteration: the last one that is done in this session, 0 before.
     """
 
-    def __init__(self, folder: Path, bytes_per_token: float | None, health: RoutingHealth | None) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: Path,
+        bytes_per_token: Mapping[str, float],
+        health: RoutingHealth | None,
+        exact: tuple[str, ...] = (),
+    ) -> None:
+        self.metrics = Metrics(folder / "metrics.jsonl")
         self.health = health
-        self._nats_to_bpc = 1 / (math.log(2) * bytes_per_token) if bytes_per_token else None
-        self._writes = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        self.iteration = 0
+        self._nats_to_bpc = {split: 1 / (math.log(2) * number) for split, number in bytes_per_token.items()}
+        self._exact = exact
+        self.writes = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         self._started = self._last = time.perf_counter()
         self._first_iteration: int | None = None
+        self._evaluated_at: int | None = None
         self._bar: tqdm | None = None
         self._since_line: list[dict] = []  # records of the iterations since the last line
-        self.iteration = 0  # the last one that is done
 
     def start(self) -> None:
-        """Called when the model stands: the clock of the first iteration starts, and its health may be wanted."""
+        """Called when the model stands: the clock of the first iteration starts."""
         self._last = time.perf_counter()
         if self.health is not None:
-            self.health.measuring = get_args().log_interval == 1
+            self.health.measuring = _is_logged
 
     def on_iteration(self, loss_dict, learning_rate, iteration, skipped_iter, grad_norm) -> None:
         """An iteration is done. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_training_log`."""
@@ -67,32 +80,30 @@ class Reporter:
         self.iteration = iteration
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        health = None
-        if self.health is not None:
-            if iteration % args.log_interval == 0:
-                health = self.health.report()
-            self.health.measuring = (iteration + 1) % args.log_interval == 0
-        if not self._writes:
+        is_logged = iteration % args.log_interval == 0
+        health = self.health.report() if self.health is not None and is_logged else None
+        if not self.writes:
             return
         if self._first_iteration is None:
             self._first_iteration = iteration
+            self.metrics.resume(iteration)
             self._open(iteration, args.train_iters)
         record = self._record(args, loss_dict, learning_rate, iteration, skipped_iter, grad_norm, seconds)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record | ({"routing": health} if health else {})) + "\n")
+        self.metrics.add("train", record | ({"routing": health} if health else {}))
         self._since_line.append(record)
-        self._bar.update(1)
+        self._bar.update(iteration - self._bar.n)  # Megatron says nothing of --iterations-to-skip
+        if "bpc" in record and iteration % args.tensorboard_log_interval == 0:
+            _to_writers({"bpc": record["bpc"]}, iteration)
         if health:
-            self._to_writers(health, iteration)
-        if iteration % args.log_interval == 0 or iteration == args.train_iters:
-            tqdm.write(self._line(record, health, args), file=sys.__stderr__)
+            _to_writers(
+                {f"routing/{name}/layer_{i}": v for name, values in health.items() for i, v in enumerate(values)},
+                iteration,
+            )
+        if is_logged or iteration == args.train_iters:
+            self.say(_fitting(self._words(record, health, args)))
             self._since_line.clear()
 
     def _open(self, iteration: int, train_iters: int) -> None:
-        """Drops lines of iterations that a resumed run does again, and starts the progress bar."""
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < iteration]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._bar = tqdm(
             total=train_iters,
             initial=iteration - 1,
@@ -103,27 +114,31 @@ class Reporter:
         )
 
     def _record(self, args, loss_dict, learning_rate, iteration, skipped_iter, grad_norm, seconds) -> dict:
-        tokens = args.global_batch_size * args.seq_length
-        record = {"iteration": iteration, "lm_loss": float(loss_dict["lm loss"]) if loss_dict else None}
-        if self._nats_to_bpc and record["lm_loss"] is not None:
-            record["bpc"] = record["lm_loss"] * self._nats_to_bpc
-        return record | {
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "learning_rate": learning_rate,
-            "skipped": bool(skipped_iter),
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        # of this iteration: --step-batch-size-schedule changes it, --decrease-batch-size-if-needed rounds it
+        tokens = get_current_running_global_batch_size() * args.seq_length
+        return (
+            {"iteration": iteration}
+            | (self._losses("train", loss_dict) if loss_dict else {"lm_loss": None})
+            | {
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "learning_rate": learning_rate,
+                "skipped": bool(skipped_iter),
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+        )
 
-    def _line(self, record: dict, health: dict | None, args) -> str:
+    def _losses(self, split: str, losses: dict) -> dict[str, float]:
+        """Nats a token, and bits per character where the split's bytes are known."""
+        nats = float(losses["lm loss"])
+        return {"lm_loss": nats} | ({"bpc": nats * self._nats_to_bpc[split]} if split in self._nats_to_bpc else {})
+
+    def _words(self, record: dict, health: dict | None, args) -> list[str]:
         done = record["iteration"] - self._first_iteration + 1
         left = (args.train_iters - record["iteration"]) * (self._last - self._started) / done
-        words = [f"iteration {record['iteration']:>6}/{args.train_iters}"]
-        if record["lm_loss"] is not None:
-            words.append(f"loss {record['lm_loss']:.4f}")
-        if "bpc" in record:
-            words.append(f"bpc {record['bpc']:.3f}")
+        words = [_progress(record["iteration"], args)]
+        words += _loss_words(record)
         if record["grad_norm"] is not None:
             words.append(f"grad {record['grad_norm']:.2f}")
         tokens, seconds = (sum(r[key] for r in self._since_line) for key in ("tokens", "seconds"))
@@ -134,46 +149,89 @@ class Reporter:
             words.append(f"entropy {_mean(health['router_entropy']):.2f}")
             if "state_norm" in health:
                 words.append(f"|h| {_mean(health['state_norm']):.2f}")
-        return " | ".join(words)
+        return words
 
-    def _to_writers(self, health: dict, iteration: int) -> None:
-        """The same figures to TensorBoard and W&B where Megatron's flags opened them."""
-        scalars = {f"routing/{name}/layer_{i}": v for name, values in health.items() for i, v in enumerate(values)}
-        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if writer:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration)
-        if wandb:
-            wandb.log(scalars, iteration)
+    def wants_evaluation(self, split: str, iteration: int) -> bool:
+        """Whether Megatron's loop shall draw batches of ``split``; the same on every rank.
+
+        Not when the last iteration was evaluated just before the training ended, and not what comes exactly.
+        """
+        if split == "valid":
+            return iteration != self._evaluated_at
+        if get_args().multiple_validation_sets and split not in self._exact:
+            self.say("test is not evaluated: Megatron takes it for one of several validation sets, and fails")
+            return False
+        return split not in self._exact
+
+    def on_evaluation(self, split: str, index: int, iteration: int, losses: dict, seconds: float) -> None:
+        """A set is evaluated. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_evaluations`."""
+        args = get_args()
+        if split == "valid":
+            self._evaluated_at = iteration
+        self._last = time.perf_counter()  # the next iteration's seconds are its own
+        if not self.writes or not losses:
+            return
+        name, batches = "", args.eval_iters
+        if split == "valid" and args.multiple_validation_sets:
+            name = args.validation_set_names[index] if args.validation_set_names else str(index)
+            batches = args.eval_iters[index]
+        record = {"iteration": iteration} | ({"set": name} if name else {}) | self._losses(split, losses)
+        record["tokens"] = batches * args.eval_global_batch_size * args.seq_length
+        if self.iteration:  # this session trains: an evaluation alone adds nothing to the curve
+            self.metrics.add(split, record | {"trained_tokens": self.metrics.trained_tokens, "seconds": seconds})
+            if "bpc" in record and split == "valid":
+                _to_writers({f"bpc validation{'-' * bool(name)}{name}": record["bpc"]}, iteration)
+        words = [_progress(iteration, args), f"{split} {name}".rstrip(), *_loss_words(record)]
+        self.say(_fitting([*words, f"{record['tokens']:,} tokens", tqdm.format_interval(seconds)]))
 
     def say(self, text: str) -> None:
         """One line to the terminal, from the rank that writes."""
-        if self._writes:
+        if self.writes:
             tqdm.write(text, file=sys.__stderr__)
 
     def stop(self, iteration: int, cause: str) -> None:
         """Ends the progress bar and metrics.jsonl with an iteration that could not be finished."""
         self.close()
-        if self._writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"iteration": iteration, "stopped": cause}) + "\n")
+        if self.writes:
+            self.metrics.add("stopped", {"iteration": iteration, "stopped": cause})
 
     def close(self) -> None:
         """Ends the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def totals(self) -> dict:
-        """Seconds and tokens of all iterations in metrics.jsonl, over all sessions of the run."""
-        records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        return {key: sum(record.get(key) or 0 for record in records) for key in ("seconds", "tokens")}
+
+def _is_logged() -> bool:
+    """Whether the iteration that is being trained gets a line; curr_iteration counts those before it."""
+    args = get_args()
+    return (args.curr_iteration + 1) % args.log_interval == 0
 
 
-def _iteration(line: str) -> int:
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError):  # the last line of a killed process may be cut
-        return sys.maxsize
+def _progress(iteration: int, args) -> str:
+    return f"iteration {iteration:>6}/{args.train_iters}"
+
+
+def _loss_words(record: dict) -> list[str]:
+    words = [] if record["lm_loss"] is None else [f"loss {record['lm_loss']:.4f}"]
+    return words + ([f"bpc {record['bpc']:.3f}"] if "bpc" in record else [])
+
+
+def _fitting(words: list[str]) -> str:
+    """``words`` as one line: on a terminal the first of them that fit (metrics.jsonl has all), elsewhere all."""
+    columns = os.get_terminal_size(sys.__stderr__.fileno()).columns if sys.__stderr__.isatty() else 0
+    while columns and len(words) > 1 and len(" | ".join(words)) >= columns:
+        words = words[:-1]
+    return " | ".join(words)
+
+
+def _to_writers(scalars: dict[str, float], iteration: int) -> None:
+    """Figures to TensorBoard and W&B where Megatron's flags opened them."""
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(scalars, iteration)
 
 
 def _mean(values: list[float]) -> float:

@@ -60,13 +60,13 @@ def test_a_weight_on_the_first_stage(tmp_path):
     assert f"the same command resumes from iteration 2 in {folder}" in output
     assert [path.name for path in folder.glob("iter_*")] == ["iter_0000002"]
     *finished, last = metrics(tmp_path)
-    assert [line["iteration"] for line in finished] == [1, 2]
-    assert last == {"iteration": 3, "stopped": "the loss of micro-batch 1 is nan (rank 1)"}
+    assert [line["iteration"] for line in finished if line["kind"] == "train"] == [1, 2]
+    assert last == {"kind": "stopped", "iteration": 3, "stopped": "the loss of micro-batch 1 is nan (rank 1)"}
 
     code, output = run(tmp_path, 2, "none", *SAVING)
     assert code == 0, output[-3000:]
     assert "continuing from iteration 2" in output and "not finite" not in output
-    assert [line["iteration"] for line in metrics(tmp_path) if "lm_loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["iteration"] for line in metrics(tmp_path) if line["kind"] == "train"] == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")
