@@ -117,7 +117,8 @@ def _check_model(model_config: object) -> None:
     if get_router_type(args.moe_router_type).recurrent and not _is_prepared(model_config):
         raise UsageError(
             f"--moe-router-type {args.moe_router_type}: {sys.argv[0]} does not build its model with "
-            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 and later does, so the router cannot be put in"
+            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 and later does, so the router cannot be "
+            "put in"
         )
 
 

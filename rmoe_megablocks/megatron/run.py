@@ -4,10 +4,10 @@
     torchrun TORCHRUN-ARGUMENTS -m rmoe_megablocks.megatron.run pretrain_gpt.py ARGUMENTS --moe-router-type gru
 
 The script is any that builds its model as pretrain_gpt.py of Megatron-Core 0.19 and later does:
-parse_and_validate_args, gpt_config_from_args, pretrain. It gets the router's arguments (--moe-router-type, --moe-router-rnn-...) and nothing
-else: without --moe-router-type it trains as it always did. Megatron is the one beside the script where its folder is
-a checkout, else the installed one. In CPU mode the script gets the arguments that a GPU's lack, and a line says which.
-patches/megatron-lm has the same as a patch of pretrain_gpt.py.
+parse_and_validate_args, gpt_config_from_args, pretrain. It gets the router's arguments (--moe-router-type,
+--moe-router-rnn-...) and, where there is no GPU, those that CPU mode needs; a line says which. Without
+--moe-router-type it trains as it always did. Megatron is the one beside the script where its folder is a checkout,
+else the installed one. patches/megatron-lm has the same as a patch of pretrain_gpt.py.
 """
 
 import runpy

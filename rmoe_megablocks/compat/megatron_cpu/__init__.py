@@ -10,12 +10,14 @@ Use it as the first thing a program does::
 
     megatron_cpu.install()  # before the first "import megatron"; does nothing where there is a GPU
 
-and give Megatron the arguments in ``ARGUMENTS`` (:func:`supply` adds them to a command line). CPU mode is for developing and testing: numbers are those of the CPU
-kernels, memory statistics are the resident set of the process, CUDA graphs, Transformer Engine and fp8 do not exist.
+and give Megatron the arguments in ``ARGUMENTS`` (:func:`supply` adds them to a command line). CPU mode is for
+developing and testing: numbers are those of the CPU kernels, memory statistics are the resident set of the process,
+CUDA graphs, Transformer Engine and fp8 do not exist.
 
 The touches, by module:
 
 - ``device``: what ``torch.cuda`` answers, and devices named cuda that mean the CPU.
+- ``arguments``: what CPU mode needs among Megatron's arguments.
 - ``random``: the CPU generator in the place of the CUDA one.
 - ``distributed``: gloo in the place of NCCL.
 - ``megatron_patches``: the few places of Megatron itself.
