@@ -69,9 +69,10 @@ class Held(UsageError):
 
 
 def check(folder: Path, option: str, say: Say = print) -> None:
-    """Raises Held if a run that is alive holds ``folder``; takes nothing. Waits as :func:`acquire` does."""
-    holder = _read(folder / NAME)
-    if holder is not None and not _is_stale(folder / NAME, holder, say):
+    """Raises Held if a run that is alive holds ``folder``; a stale lock goes. Waits as :func:`acquire` does."""
+    path = folder / NAME
+    holder = _read(path)
+    if holder is not None and not (_is_stale(path, holder, say) and _clear(path, holder)):
         raise _held(folder, option, holder)
 
 

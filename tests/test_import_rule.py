@@ -9,6 +9,9 @@ PACKAGE = "rmoe_megablocks"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 HOSTS = {"megatron": ("megatron",), "megablocks": ("megablocks", "stk", "grouped_gemm")}
 
+ROOMS = ("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels")
+GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
+
 # room -> rooms and foreign packages that nothing in it imports
 FORBIDDEN = {
     "routing": {"megatron", "megablocks", "compat", "launcher", "planning", "data", "doctor"},
@@ -18,10 +21,9 @@ FORBIDDEN = {
     "compat": {"launcher", "megatron", "megablocks", "planning", "doctor"},
     "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor"},
     "launcher": {"planning", "doctor"},
-    "errors.py": {"launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels"},
-    "process.py": {"launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels"},
+    **dict.fromkeys(GROUND_FLOOR, set(ROOMS)),
 }
-HOSTLESS = ("routing", "kernels", "errors.py", "process.py")  # do not import the upstreams either
+HOSTLESS = ("routing", "kernels", *GROUND_FLOOR)  # do not import the upstreams either
 
 
 def imported(source: str, module: str) -> set[str]:

@@ -57,6 +57,8 @@ def _launch(argv: list[str]) -> int:
     if own.dry_run:
         _print_plan(command, {**run.config.env, "OMP_NUM_THREADS": threads}, run.config.sources, run.megatron)
         return 0
+    if not own.node_rank:  # rank 0 is here, and takes the lock
+        plan.run.check_unlocked()
     if own.nnodes > 1:
         _say_meeting(own)
     return run_agent(command, env={**os.environ, "OMP_NUM_THREADS": threads, datasets.CHECKED: "1"})

@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.redirect_stdout(open(os.devnull, "w")):
         check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "torchrun --nproc-per-node")
         run = resolve(argv)
+    locks = run.lock() if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
     # ft_integration parses the program's arguments again, which may be those of --config and what it takes back
-    with megatron_output_to(run.folder / "logs"), program_arguments(run.argv):
+    with locks, megatron_output_to(run.folder / "logs"), program_arguments(run.argv):
         return _train(run)
 
 

@@ -1,13 +1,15 @@
 """A run: its arguments made complete, its folder and its data, checked before anything is built."""
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from rmoe_megablocks import data
+from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, batch_schedule, datasets
 from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
@@ -39,6 +41,26 @@ class Run:
     notes: list[str]
     argv: list[str]
     config: dict[str, object]
+
+    def check_unlocked(self) -> None:
+        """Raises :class:`rmoe_megablocks.run_lock.Held` if another run writes where this one would."""
+        for folder, option in self._written():
+            run_lock.check(folder, option, _say)
+
+    def lock(self) -> contextlib.ExitStack:
+        """Takes the run's folders for this process alone, until the result is closed. Raises as check_unlocked."""
+        with contextlib.ExitStack() as locks:
+            for folder, option in self._written():
+                locks.callback(run_lock.acquire(folder, option, _say).release)
+            return locks.pop_all()
+
+    def _written(self) -> list[tuple[Path, str]]:
+        """The run's folder and that of its checkpoints, which two runs of different names may share."""
+        return [(self.folder, "--run-name"), *([(Path(self.args.save), "--save")] if self.args.save else [])]
+
+
+def _say(line: str) -> None:
+    print(f"rmoe: {line}", file=sys.stderr, flush=True)
 
 
 def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | None = None) -> Run:

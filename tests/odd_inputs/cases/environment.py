@@ -1,7 +1,9 @@
 """Odd surroundings: folders, locales, variables, a second start."""
 
 import json
+from dataclasses import asdict, replace
 
+from rmoe_megablocks import run_lock
 from tests.odd_inputs.case import Case
 
 TINY = "pretrain --config {repository}/configs/tiny.yaml"
@@ -15,6 +17,17 @@ PORT_IN_USE = (
     'sys.exit(subprocess.call(sys.argv[1:]))" bash {repository}/launch/pretrain_rmoe.sh '
     "--config {repository}/configs/tiny.yaml --master-port 29617"
 )
+
+
+def locked(alive, place="runs/tiny"):
+    """Makes a run's folder that another process of this machine uses, or used until it was killed."""
+
+    def make(folder):
+        (folder / place).mkdir(parents=True)
+        holder = replace(run_lock._myself(), **({} if alive else {"pid": 2**22 + 5}))
+        (folder / place / run_lock.NAME).write_text(json.dumps(asdict(holder)))
+
+    return make
 
 
 def linked_runs(folder):
@@ -62,6 +75,14 @@ CASES = [
     Case("a runs folder behind a link", f"{TINY} --runs-dir link", files=linked_runs, works=would_start),
     Case(
         "a runs folder behind a broken link", f"{TINY} --runs-dir link", files=broken_link, refused="--runs-dir.*link"
+    ),
+    Case("a run whose folder another run uses", TINY, files=locked(True), refused=r"tiny is in use .*process \d+"),
+    Case("a run that kill -9 ended", TINY, files=locked(False), works=would_start),
+    Case(
+        "a folder of checkpoints that another run uses",
+        f"{TINY} --save shared",
+        files=locked(True, "shared"),
+        refused="shared is in use .*--save",
     ),
     Case("a port that is in use", f"sh {PORT_IN_USE}", refused="port 29617 is in use"),
     Case("a folder whose name has a space", f"{TINY} --runs-dir 'my runs'", works=would_start),
