@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from rmoe_megablocks.compat import megatron_cpu, megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
-from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
+from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
@@ -79,7 +79,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
             f"--moe-router-type {args.moe_router_type} does not work with a {type(model_config).__name__}: "
             "leave out what makes the script use it (as ModelOpt's arguments)"
         )
-    for note in notes + choose_optimizer_checkpoint(args):
+    for note in notes + model.check(args) + choose_optimizer_checkpoint(args):
         if args.rank == 0:
             print(note, flush=True)
     install_router(model_config, args)

@@ -12,7 +12,7 @@ import torch
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, batch_schedule, datasets
-from rmoe_megablocks.megatron.checkpoints import compatibility, resharding, upcycling
+from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
@@ -93,6 +93,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     chosen = datasets.choose(args, datasets.reads_ids_here(world_size), scratch)
     compatibility.check_router_matches(args)
     arguments.validate(args)
+    notes += model.check(args)
     resharding.check_optimizer_layout(args)
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note) + chosen.notes
@@ -142,6 +143,12 @@ def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
     if choice is None or choice.iteration is None:
         if args.load is not None and args.load != args.save:
             raise UsageError(f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is missing)")
+        if args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None:
+            raise UsageError(
+                f"--exit-on-missing-checkpoint: there is no checkpoint in {folder}: name its folder with --load"
+                if folder is not None
+                else "--exit-on-missing-checkpoint: there is no folder to look in: name one with --load"
+            )
         notes = [choice.note] if choice and choice.note else []
         args.load = None  # an empty tracker would end Megatron
         if args.pretrained_checkpoint is None:

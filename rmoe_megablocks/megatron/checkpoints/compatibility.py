@@ -1,6 +1,7 @@
 """What a checkpoint says of the model that wrote it, read before anything is built."""
 
 import argparse
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -52,12 +53,27 @@ def saved_arguments(folder: Path | str, step: int | None = None) -> argparse.Nam
         raise UsageError(f"--load {folder}: {checkpoint} is damaged or incomplete ({type(error).__name__})") from error
 
 
-def check_router_matches(args: argparse.Namespace) -> None:
-    """Refuses a checkpoint of another router type or state width. Raises UsageError naming both sides."""
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from: the option that names its folder, and the folder."""
+
+    option: str
+    folder: str
+
+
+def starts_from(args: argparse.Namespace) -> Start | None:
+    """Where the run's weights come from, None for fresh ones."""
     for option, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if _has_checkpoint(folder, args.ckpt_step):
-            _check_saved_router(args, option, folder)
-            return  # Megatron takes the other only where --load has none
+            return Start(option, folder)  # Megatron takes the other only where --load has none
+    return None
+
+
+def check_router_matches(args: argparse.Namespace) -> None:
+    """Refuses a checkpoint of another router type or state width. Raises UsageError naming both sides."""
+    start = starts_from(args)
+    if start is not None:
+        _check_saved_router(args, start.option, start.folder)
 
 
 def _has_checkpoint(folder: str | None, step: int | None) -> bool:
