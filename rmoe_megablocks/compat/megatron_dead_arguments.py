@@ -41,17 +41,14 @@ DEAD: dict[str, str] = {
     "--local-rank": "torchrun says it in LOCAL_RANK; leave it out",
     "--yaml-cfg": "use --config, whose MODEL_ARGS are these same arguments",
     "--check-for-spiky-loss": _SCRIPT,
-    "--dataloader-defer-npy-index-mmap": _SCRIPT,
-    "--dataloader-fast-cache-load": _SCRIPT,
-    "--dataloader-inter-document-masking": f"{_SCRIPT}; --reset-attention-mask keeps documents apart",
-    "--hybrid-context-parallel": _SCRIPT,
     "--max-seqlen-per-dp-cp-rank": _SCRIPT,
     "--log-straggler": _SCRIPT,
-    "--object-storage-cache-path": _SCRIPT,
-    "--per-dataset-sequences-path": _SCRIPT,
-    "--sft": _SCRIPT,
     "--sft-tokenizer-prompt-format": _SCRIPT,
 }
+for _part in ("eod-token", "fragment-rate", "middle-token", "no-prefix", "pad-token", "prefix-token", "rate"):
+    DEAD[f"--fim-{_part}"] = _SCRIPT
+for _part in ("split-sample", "spm-rate", "suffix-token"):
+    DEAD[f"--fim-{_part}"] = _SCRIPT
 
 #: what options begin with -> the program that reads them
 OTHER_PROGRAMS: dict[str, str] = {
@@ -93,7 +90,6 @@ OTHER_PROGRAMS: dict[str, str] = {
     "--use-same-sampling-seed-across-dp-ranks": "inference",
     "--disable-mamba-": "hybrid models",
     "--mamba-": "hybrid models",
-    "--fim-": "fill-in-the-middle data sets",
     "--inprocess-": "in-process restart",
     "--logits-load-": "distillation",
 }

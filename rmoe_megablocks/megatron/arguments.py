@@ -14,6 +14,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_cpu
+from rmoe_megablocks.compat.megatron_dead_arguments import refuse_dead_arguments
 from rmoe_megablocks.compat.megatron_errors import in_one_line
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import parser, values

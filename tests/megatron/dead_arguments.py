@@ -7,11 +7,12 @@ programs than the pretraining of GPT models.
 
 import argparse
 import ast
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-import rmoe_megablocks
+import rmoe_megablocks.megatron  # CPU mode before Megatron
+
+import megatron.core as megatron_core  # isort: skip  after CPU mode
 
 # Modules that a run of rmoe_megablocks.megatron.pretrain does not enter
 _OTHER_PROGRAMS = (
@@ -51,9 +52,8 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _sources() -> Iterator[tuple[str, ast.Module]]:
-    (megatron,) = importlib.util.find_spec("megatron").submodule_search_locations
-    ours = Path(rmoe_megablocks.__file__).parent
-    for root, folders in ((Path(megatron), ("core", "training")), (ours, (".",))):
+    megatron, ours = Path(megatron_core.__file__).parents[1], Path(rmoe_megablocks.__file__).parent
+    for root, folders in ((megatron, ("core", "training")), (ours, (".",))):
         for folder in folders:
             for file in (root / folder).rglob("*.py"):
                 if file.name not in ("megatron_dead_arguments.py", "values.py"):
@@ -81,8 +81,6 @@ def _words(tree: ast.Module) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    import rmoe_megablocks.megatron  # noqa: F401  CPU mode before Megatron
-
-    from megatron.training.arguments import add_megatron_arguments  # isort: skip
+    from megatron.training.arguments import add_megatron_arguments
 
     print(*sorted(unread(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))), sep="\n")
