@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Callable
 
-from megatron.training import get_args
+from megatron.training import get_args, global_vars
 from megatron.training.models.gpt import GPTModelConfig
 
-from rmoe_megablocks.compat import megatron_cpu, megatron_script_hooks
+from rmoe_megablocks.compat import megatron_cpu, megatron_hooks, megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron import arguments, refusals, startup
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
@@ -28,6 +28,13 @@ def install_hooks() -> None:
     megatron_script_hooks.extend_parse_args(with_router_arguments(), _check_parsed)
     megatron_script_hooks.extend_gpt_config(prepare_model)
     megatron_script_hooks.check_before_pretrain(_check_model)
+
+
+def in_one_line() -> startup.in_one_line:
+    """Around the script: what Megatron refuses before the first iteration is one line, under its traceback."""
+    begun = []
+    megatron_hooks.observe_training_log(lambda **iteration: begun.append(iteration))
+    return startup.in_one_line(lambda: global_vars._GLOBAL_ARGS, lambda: bool(begun), log=None)
 
 
 def with_router_arguments(provider: AddArguments | None = None) -> AddArguments:
@@ -102,7 +109,7 @@ def _check_router(args: argparse.Namespace) -> None:
         return
     args.explicit = options
     try:
-        arguments.check_router_arguments(args)
+        refusals.check_router_arguments(args)
     finally:
         del args.explicit  # Megatron saves its arguments with every checkpoint
 

@@ -16,12 +16,11 @@ from megatron.training.global_vars import set_global_variables
 from rmoe_megablocks import yaml12
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.errors import CommonError
-from rmoe_megablocks.megatron import batches
+from rmoe_megablocks.megatron import batches, startup
 from rmoe_megablocks.megatron.checkpoints import compatibility, safety
 from rmoe_megablocks.megatron.monitoring import nonfinite, summary
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
-from rmoe_megablocks.megatron.monitoring.reporting import Reporter, megatron_output_to
+from rmoe_megablocks.megatron.monitoring.reporting import Reporter, log_file, megatron_output_to
 from rmoe_megablocks.megatron.preflight import check_devices
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import Run, resolve
@@ -92,20 +91,18 @@ def _train(run: Run) -> int:
         _announce(reporter, run)
         reporter.start()
 
-    try:
-        run_megatron(args, on_model)
-    except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
-        if not reporters:
-            reason = f"exit code {exit.code or 0}" if not isinstance(exit.code, str) else exit.code
-            log = run.folder / "logs" / "rank0.log"
-            raise CommonError(
-                f"Megatron ended the run before its first iteration ({reason}); its log is {log}"
-            ) from exit
-        reporters[0].close()
-        reporters[0].say(f"stopped after iteration {reporters[0].iteration}: {_resume_from(args)}")
-        return exit.code or 0
-    except nonfinite.NonFiniteError as error:
-        return _stopped(error, reporters[0], args)
+    log = log_file(run.folder / "logs")
+    with startup.in_one_line(lambda: args, lambda: bool(reporters) and reporters[0].iteration > 0, log):
+        try:
+            run_megatron(args, on_model)
+        except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
+            if not reporters:
+                raise startup.ended_early(exit, log) from exit
+            reporters[0].close()
+            reporters[0].say(f"stopped after iteration {reporters[0].iteration}: {_resume_from(args)}")
+            return exit.code or 0
+        except nonfinite.NonFiniteError as error:
+            return _stopped(error, reporters[0], args)
     reporter = reporters[0]
     reporter.close()
     summary.summarise(run, model, reporter)

@@ -11,7 +11,7 @@ import torch
 
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, batch_schedule, datasets
+from rmoe_megablocks.megatron import arguments, batch_schedule, datasets, refusals, rehearsal
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.monitoring import nonfinite
@@ -81,9 +81,9 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     if world_size is not None:
         args.world_size = world_size
     check_world_size(args)
-    arguments.check_router_arguments(args)
+    refusals.check_router_arguments(args)
     if args.num_experts:
-        arguments.check_available(args)
+        refusals.check_available(args)
     arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder, make=scratch is None)
@@ -93,6 +93,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     chosen = datasets.choose(args, datasets.reads_ids_here(world_size), scratch)
     compatibility.check_router_matches(args)
     arguments.validate(args)
+    rehearsal.rehearse(args)
     notes += model.check(args)
     resharding.check_optimizer_layout(args)
     nonfinite.choose(args)

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
         _check_megatron_is_of(script.resolve().parent)
         existing_job.install_hooks()
         sys.argv = list(argv)
-        runpy.run_path(str(script), run_name="__main__")
+        with existing_job.in_one_line():
+            runpy.run_path(str(script), run_name="__main__")
     except UsageError as error:
         report_from_rank(error)
         return 2

@@ -8,6 +8,18 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+# They run the MoE layer in pieces, at another time or more than once a forward pass, or move what it has saved for the
+# backward pass. All but the first need Transformer Engine on a GPU.
+_OTHER_CALLS = (
+    "mtp_use_repeated_layer",
+    "cpu_offloading_num_layers",
+    "delay_wgrad_compute",
+    "ep_overlap_early_attn_memory_release",
+    "fine_grained_activation_offloading",
+    "moe_paged_stash",
+    "overlap_dispatch_backward_with_experts_wgrad",
+)
+
 
 def refusals(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
     """(whether it applies, the option, what to use instead)."""
@@ -26,6 +38,20 @@ def refusals(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
         "--freeze-all-layers",
         "the router would not be trained either; leave it out",
     )
+    for name in ("mlp_chunks_for_training", "mlp_chunks_for_prefill"):
+        yield (
+            _number(args, name) > 1,
+            "--" + name.replace("_", "-"),
+            "it calls the router for one piece of the sequence after another, and a state belongs to all tokens",
+        )
+    for name in _OTHER_CALLS:
+        yield (
+            getattr(args, name, None),
+            "--" + name.replace("_", "-"),
+            "nobody has shown that the state and its gradient survive it; leave it out",
+        )
+    yield args.use_mup, "--use-mup", "it scales learning rates by width, and knows no recurrence; leave it out"
+    yield args.optimizer not in ("adam", "sgd"), f"--optimizer {args.optimizer}", "use adam or sgd"
     # of 0.20
     yield (
         getattr(args, "enable_mhc_connections", False),

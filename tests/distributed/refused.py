@@ -24,8 +24,22 @@ REFUSED = {
     "--multi-latent-attention": "--multi-latent-attention without Transformer Engine does not work",
     "--cpu-offloading-num-layers 1": "--cpu-offloading-num-layers without Transformer Engine does not work",
     "--fine-grained-activation-offloading --offload-modules core_attn": (
-        "Fine-grained activation offloading is only supported with transformer_engine implementation"
+        _GRU + "--fine-grained-activation-offloading: nobody has shown that the state and its gradient survive it"
     ),
+    "--moe-paged-stash": _GRU + "--moe-paged-stash: nobody has shown that the state and its gradient survive it",
+    "--delay-wgrad-compute": _GRU + "--delay-wgrad-compute: nobody has shown that the state and its gradient survive",
+    "--mtp-num-layers 2 --mtp-use-repeated-layer": (
+        _GRU + "--mtp-use-repeated-layer: nobody has shown that the state and its gradient survive it"
+    ),
+    "--mlp-chunks-for-training 2": _GRU
+    + "--mlp-chunks-for-training: it calls the router for one piece of the sequence",
+    "--mlp-chunks-for-prefill 2": _GRU + "--mlp-chunks-for-prefill: it calls the router for one piece of the sequence",
+    "--use-mup": _GRU + "--use-mup: it scales learning rates by width, and knows no recurrence",
+    "--optimizer muon": _GRU + "--optimizer muon: use adam or sgd",
+    "--tensor-parallel-num-weight-shards 2": (
+        _GRU + "--tensor-parallel-num-weight-shards: its shards of weights are gathered outside the layer's call"
+    ),
+    "--enable-cuda-graph": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
     "--recompute-granularity selective --recompute-modules moe_act": (
         "moe_act in recompute_modules is only supported with moe_grouped_gemm"
     ),

@@ -18,12 +18,16 @@ from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from rmoe_megablocks.megatron.monitoring.metrics import Metrics
 
 
+def log_file(folder: Path) -> Path:
+    """What this process's own output goes to: FOLDER/rankN.log."""
+    return folder / f"rank{os.environ.get('RANK', '0')}.log"
+
+
 @contextlib.contextmanager
 def megatron_output_to(folder: Path):
     """Sends what Megatron prints and logs in this process to FOLDER/rankN.log; errors still reach the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank{os.environ.get('RANK', '0')}.log"
-    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+    with log_file(folder).open("a", buffering=1) as log, contextlib.redirect_stdout(log):
         saved = [(h, h.stream) for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
         for handler, _ in saved:
             handler.setStream(log)

@@ -1,0 +1,210 @@
+"""Values that Megatron's parser takes and its code cannot use: refused in one line that names the option.
+
+Without these checks they become divisions by zero, assertions without a word or NaNs, late and on every rank. What
+:mod:`.rehearsal` finds by building the thing itself is not repeated here.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+
+from rmoe_megablocks.compat import megatron_cpu
+from rmoe_megablocks.compat.megatron_errors import options
+from rmoe_megablocks.errors import UsageError
+
+# Below zero is either an error or, for these, a meaning of its own
+_MAY_BE_NEGATIVE = {
+    "activation_offload_fraction",
+    "delta_offload_bytes_across_pp_ranks",
+    "fault_injector_offset_seconds",
+    "glu_linear_offset",
+    "inference_batch_times_seqlen_threshold",
+    "inference_dynamic_batching_num_cuda_graphs",
+    "moe_expert_capacity_factor",
+    "moe_paged_stash_buffer_size_factor_cpu",
+    "moe_paged_stash_buffer_size_factor_cuda",
+    "moe_router_force_biased",
+    "null_tokenizer_eod_id",
+    "null_tokenizer_pad_id",
+    "rl_default_top_k",
+}
+# Zero is either "off" or, for these, an error; the text says what to do instead
+_AT_LEAST_ONE = {
+    "check_weight_hash_across_dp_replicas_interval": "leave it out for no check",
+    "context_parallel_size": "",
+    "ddp_num_buckets": "leave it out to let Megatron choose",
+    "dist_ckpt_workers": "",
+    "distributed_timeout_minutes": "",
+    "eval_global_batch_size": "",
+    "eval_interval": "to leave evaluation out use --eval-iters 0",
+    "eval_micro_batch_size": "",
+    "expert_model_parallel_size": "",
+    "expert_tensor_parallel_size": "",
+    "ffn_hidden_size": "",
+    "global_batch_size": "",
+    "hidden_size": "",
+    "kv_channels": "",
+    "log_interval": "for few lines use a large one",
+    "log_memory_interval": "leave it out to log none",
+    "lr_decay_iters": "leave it out for a decay over the whole run",
+    "lr_decay_samples": "leave it out for a decay over the whole run",
+    "make_vocab_size_divisible_by": "",
+    "max_position_embeddings": "",
+    "micro_batch_size": "",
+    "moe_ffn_hidden_size": "",
+    "moe_layer_freq": "1 makes every layer one with experts; for a model without leave --num-experts out",
+    "moe_router_group_topk": "leave it out for routing without groups",
+    "moe_router_num_groups": "leave it out for routing without groups",
+    "moe_router_topk": "every token needs an expert",
+    "moe_shared_expert_intermediate_size": "leave it out for no shared experts",
+    "non_persistent_save_interval": "leave it out to save none",
+    "num_attention_heads": "",
+    "num_dataset_builder_threads": "",
+    "num_distributed_optimizer_instances": "",
+    "num_layers": "",
+    "num_layers_per_virtual_pipeline_stage": "leave it out for no virtual stages",
+    "num_query_groups": "",
+    "num_virtual_stages_per_pipeline_rank": "leave it out for no virtual stages",
+    "pipeline_model_parallel_size": "",
+    "recompute_num_layers": "leave it out for no recompute",
+    "rotary_base": "",
+    "save_interval": "to save nothing use --no-checkpoints",
+    "save_retain_interval": "leave it out to keep every checkpoint",
+    "seed": "Megatron's seeds start there",
+    "tensor_model_parallel_size": "",
+    "tensorboard_log_interval": "",
+    "tensorboard_queue_size": "",
+    "train_iters": "to evaluate only, use --skip-train",
+    "train_samples": "to evaluate only, use --skip-train",
+    "vocab_size": "",
+}
+for _kind in ("activations", "dgrads", "params", "tokens_per_expert", "wgrads"):
+    _AT_LEAST_ONE[f"save_{_kind}_interval"] = "leave it out to save none"
+_POSITIVE = ("moe_input_jitter_eps", "rotary_seq_len_interpolation_factor")
+# Far beyond any machine: Megatron would fill its memory, or count to it, without a sign of life
+_AT_MOST = {
+    "num_layers": 10_000,
+    "mtp_num_layers": 1_000,
+    "num_experts": 1_000_000,
+    "num_workers": 10_000,
+    "distributed_timeout_minutes": 1_000_000,
+}
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "lr_warmup_fraction", "hidden_dropout", "attention_dropout")
+_AT_MOST_ONE = ("rotary_percent", "activation_offload_fraction", "optimizer_offload_fraction", "sample_rate")
+_REQUIRED = {
+    "num_layers": "the number of layers",
+    "hidden_size": "the width of the model",
+    "num_attention_heads": "the number of attention heads",
+    "seq_length": "the number of tokens in a sequence",
+    "max_position_embeddings": "the number of positions, at least --seq-length",
+    "micro_batch_size": "the number of sequences in a micro-batch",
+}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuses numbers that are none, below zero or zero where that means nothing. Raises UsageError."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check(args, name, number)
+
+
+def _check(args: argparse.Namespace, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise _error(name, value, "not a finite number")
+    if name in _AT_LEAST_ONE and value < 1 and not isinstance(getattr(args, name), list):
+        raise _error(name, value, "must be at least 1", _AT_LEAST_ONE[name])
+    if value < 0 and name not in _MAY_BE_NEGATIVE and name in options():
+        raise _error(name, value, "must not be negative")
+    if name in _POSITIVE and value == 0:
+        raise _error(name, value, "must be above zero", "leave it out")
+    if name in _AT_MOST and value > _AT_MOST[name]:
+        raise _error(name, value, f"must be at most {_AT_MOST[name]}")
+    if name == "seq_length" and value < 2:  # Megatron's samples never end with one
+        raise _error(name, value, "must be at least 2")
+    if name in _BELOW_ONE and value >= 1:
+        raise _error(name, value, "must be below 1")
+    if name in _AT_MOST_ONE and value > 1:
+        raise _error(name, value, "must be at most 1")
+    if name == "seed" and value > _largest_seed(args):
+        raise _error(name, value, f"must be at most {_largest_seed(args)} for NumPy, which gets it too")
+
+
+def _largest_seed(args: argparse.Namespace) -> int:
+    """A stage's seed is the seed plus 100 times its rank (initialize.py:439)."""
+    return 2**32 - 1 - 100 * (args.pipeline_model_parallel_size - 1)
+
+
+def _error(name: str, value: float, reason: str, instead: str = "") -> UsageError:
+    return UsageError(f"{options().get(name, name)} {value}: {reason}" + (f"; {instead}" if instead else ""))
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Refuses what is missing, and values that do not go together. Raises UsageError."""
+    for name, meaning in _REQUIRED.items():
+        if getattr(args, name) is None:
+            raise UsageError(f"no {options()[name]}: name {meaning}")
+    for refused, text in _contradictions(args):
+        if refused:
+            raise UsageError(text)
+
+
+def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
+    trains = not args.skip_train
+    yield (
+        not (args.train_iters or args.train_samples),
+        "no --train-iters: name the number of iterations (or --train-samples)",
+    )
+    yield trains and args.lr is None, "no --lr: the optimizer needs a learning rate"
+    yield (
+        trains and args.lr is not None and args.min_lr > args.lr,
+        f"--lr {args.lr} is below --min-lr {args.min_lr}, where it decays to: lower --min-lr as well",
+    )
+    yield args.fp16 and args.bf16, "--fp16 and --bf16 are two precisions: keep one"
+    wsd = args.lr_wsd_decay_samples if args.train_samples else args.lr_wsd_decay_iters
+    option = "--lr-wsd-decay-samples" if args.train_samples else "--lr-wsd-decay-iters"
+    yield (
+        trains and args.lr_decay_style == "WSD" and not wsd,
+        f"--lr-decay-style WSD needs {option}: how long the decay at the end takes",
+    )
+    decay = args.lr_decay_iters or args.train_iters
+    yield (
+        args.lr_warmup_iters and decay and args.lr_warmup_iters >= decay,
+        f"--lr-warmup-iters {args.lr_warmup_iters} must be below --lr-decay-iters or --train-iters ({decay}); "
+        "use --lr-warmup-fraction for runs of any length",
+    )
+    yield (
+        args.num_experts and args.moe_router_topk > args.num_experts,
+        f"--moe-router-topk {args.moe_router_topk}: there are only {args.num_experts} experts to choose from",
+    )
+    saved = [f"--save-{kind}-interval" for kind in ("activations", "dgrads", "params", "tokens-per-expert", "wgrads")]
+    saved = [option for option in saved if getattr(args, option.removeprefix("--").replace("-", "_"))]
+    yield saved and args.save is None, f"{' and '.join(saved)} without checkpoints: set --save, where it would go"
+    width = int((args.kv_channels or args.hidden_size // args.num_attention_heads) * args.rotary_percent)
+    yield (
+        args.position_embedding_type == "rope" and width % 2,
+        f"--position-embedding-type rope turns pairs of channels, and --kv-channels x --rotary-percent are {width}",
+    )
+    yield (
+        args.gpu_sniff_test_interval is not None and megatron_cpu.active(),
+        "--gpu-sniff-test-interval: there is no GPU",
+    )
+    pattern = args.moe_layer_freq
+    if args.num_experts and isinstance(pattern, list):
+        yield not any(pattern), "--moe-layer-freq: no layer has experts; for a model without leave --num-experts out"
+        yield (
+            set(pattern) - {0, 1},
+            f"--moe-layer-freq {pattern}: a layer is 1 (with experts) or 0 (without)",
+        )
+        yield (
+            len(pattern) != args.num_layers,
+            f"--moe-layer-freq names {len(pattern)} layers, --num-layers {args.num_layers}: they must be as many",
+        )
+    yield (
+        args.group_query_attention and args.num_query_groups and args.num_attention_heads % args.num_query_groups,
+        f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads {args.num_attention_heads}",
+    )
+    yield (
+        args.phase_transition_iterations and not args.train_samples,
+        "--phase-transition-iterations needs --train-samples in the place of --train-iters",
+    )
