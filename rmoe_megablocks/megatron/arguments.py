@@ -14,7 +14,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import parser, unproven
+from rmoe_megablocks.megatron import balancing, parser, unproven
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
@@ -48,7 +48,8 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--moe-router-rnn-init",
         choices=RNN_INITS,
         default="standard",
-        help="Initialisation of the recurrent cell: uniform in +-1/sqrt(P), or the model's own (--init-method-std).",
+        help="Initialisation of the recurrent cell, weights and biases alike: uniform in +-1/sqrt(P), which is "
+        "torch's and the 0.91B run's, or the model's own (--init-method-std), which is the released code's.",
     )
     group.add_argument(
         "--moe-router-upcycle",
@@ -56,6 +57,7 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Start a recurrent model from the weights of a linear checkpoint (--load or --pretrained-checkpoint); "
         "routing, optimizer, data and iteration start afresh.",
     )
+    balancing.add_reduction_argument(group)
     backend.add_backend_argument(parser.add_argument_group("experts"))
     return parser
 
@@ -196,6 +198,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     """Refuses router options that mean nothing here and features that would drop the state or its gradient."""
     _check_context_parallel(args)
     backend.check_backend(args)
+    balancing.check_reduction(args)
     options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
     recurrent = get_router_type(args.moe_router_type).recurrent
     if not args.num_experts:
@@ -341,6 +344,11 @@ def _refusals(args: argparse.Namespace):
     yield args.experimental_attention_variant, "--experimental-attention-variant", "leave it out"
     yield args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "leave it out"
     yield args.moe_use_upcycling, "--moe-use-upcycling", "up-cycle with --moe-router-type linear"
+    yield (
+        args.init_method_xavier_uniform and args.moe_router_rnn_init == "init_method",
+        "--moe-router-rnn-init init_method with --init-method-xavier-uniform",
+        "Xavier's bounds are a matrix's, and the recurrent cell has biases; leave one of them out",
+    )
     yield args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"
     yield args.spec is not None, "--spec", "the router brings its own layer specification"
     yield args.yaml_cfg is not None, "--yaml-cfg", "use --config or arguments"
