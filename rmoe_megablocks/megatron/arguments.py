@@ -17,7 +17,7 @@ from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron_dead_arguments import refuse_dead_arguments
 from rmoe_megablocks.compat.megatron_errors import in_one_line
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import parser, values
+from rmoe_megablocks.megatron import balancing, parser, values
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.megatron.refusals import check_router_arguments, installed
 from rmoe_megablocks.routing import get_router_type, router_types
@@ -52,7 +52,8 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--moe-router-rnn-init",
         choices=RNN_INITS,
         default="standard",
-        help="Initialisation of the recurrent cell: uniform in +-1/sqrt(P), or the model's own (--init-method-std).",
+        help="Initialisation of the recurrent cell, weights and biases alike: uniform in +-1/sqrt(P), which is "
+        "torch's and the 0.91B run's, or the model's own (--init-method-std), which is the released code's.",
     )
     group.add_argument(
         "--moe-router-upcycle",
@@ -60,6 +61,7 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Start a recurrent model from the weights of a linear checkpoint (--load or --pretrained-checkpoint); "
         "routing, optimizer, data and iteration start afresh.",
     )
+    balancing.add_reduction_argument(group)
     backend.add_backend_argument(parser.add_argument_group("experts"))
     return parser
 

@@ -13,7 +13,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from rmoe_megablocks.compat import megatron_cpu, megatron_hooks, megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, refusals, startup
+from rmoe_megablocks.megatron import arguments, balancing, refusals, startup
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
@@ -67,7 +67,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
     """Checks ``args`` and makes ``model_config`` build a model with the router that they ask for.
 
     Call it between ``gpt_config_from_args`` and ``pretrain_cfg_container_from_args``. A model with Megatron's own
-    router and experts is left untouched.
+    router, experts and sum of load-balancing losses is left untouched.
 
     Raises:
         UsageError: one clear line.
@@ -78,12 +78,11 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
     notes = upcycling.choose(args)
     compatibility.check_router_matches(args)
     resharding.check_optimizer_layout(args)
-    stock = not get_router_type(args.moe_router_type).recurrent and args.moe_backend == MEGATRON
-    if stock or _is_prepared(model_config):
+    if _asked_for(args) is None or _is_prepared(model_config):
         return
     if type(model_config) is not GPTModelConfig:  # a subclass names another builder, which makes layers of its own
         raise UsageError(
-            f"--moe-router-type {args.moe_router_type} does not work with a {type(model_config).__name__}: "
+            f"{_asked_for(args)} does not work with a {type(model_config).__name__}: "
             "leave out what makes the script use it (as ModelOpt's arguments)"
         )
     for note in notes + model.check(args) + choose_optimizer_checkpoint(args):
@@ -99,13 +98,16 @@ def _check_parsed(args: argparse.Namespace) -> None:
         _check_router(args)
 
 
+_OURS = ("--moe-router-type", "--moe-router-rnn-", "--moe-backend", "--moe-aux-loss-reduction")
+
+
 def _check_router(args: argparse.Namespace) -> None:
     options = _typed_options()
     if args.yaml_cfg is not None:  # the file has replaced all arguments, ours are not in it
-        named = any(option.startswith(("--moe-router-type", "--moe-router-rnn-")) for option in options)
+        named = sorted(option for option in options if option.startswith(_OURS))
         if named or getattr(args, "moe_router_type", "linear") != "linear":
-            raise UsageError("--moe-router-type does not work with --yaml-cfg: use arguments")
-        args.moe_router_type = "linear"
+            raise UsageError(f"{[*named, '--moe-router-type'][0]} does not work with --yaml-cfg: use arguments")
+        args.moe_router_type, args.moe_backend, args.moe_aux_loss_reduction = "linear", MEGATRON, balancing.SUM
         return
     args.explicit = options
     try:
@@ -121,12 +123,20 @@ def _typed_options() -> set[str]:
 def _check_model(model_config: object) -> None:
     """Refuses to train a model that was built without the router that was asked for."""
     args = get_args()
-    if get_router_type(args.moe_router_type).recurrent and not _is_prepared(model_config):
+    if (option := _asked_for(args)) and not _is_prepared(model_config):
         raise UsageError(
-            f"--moe-router-type {args.moe_router_type}: {sys.argv[0]} does not build its model with "
-            "gpt_config_from_args, as pretrain_gpt.py of Megatron-Core 0.19 and later does, so the router cannot be "
-            "put in"
+            f"{option}: {sys.argv[0]} does not build its model with gpt_config_from_args, as pretrain_gpt.py of "
+            "Megatron-Core 0.19 and later does, so the router cannot be put in"
         )
+
+
+def _asked_for(args: argparse.Namespace) -> str | None:
+    """The first option that Megatron's own model would not follow."""
+    if get_router_type(args.moe_router_type).recurrent:
+        return f"--moe-router-type {args.moe_router_type}"
+    if args.moe_backend != MEGATRON:
+        return f"--moe-backend {args.moe_backend}"
+    return f"--moe-aux-loss-reduction {args.moe_aux_loss_reduction}" if balancing.reduces(args) else None
 
 
 def _is_prepared(model_config: object) -> bool:

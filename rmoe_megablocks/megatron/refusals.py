@@ -5,7 +5,7 @@ import importlib.util
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import unproven
+from rmoe_megablocks.megatron import balancing, unproven
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type
 
@@ -19,6 +19,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     """Refuses router options that mean nothing here and features that would drop the state or its gradient."""
     _check_context_parallel(args)
     backend.check_backend(args)
+    balancing.check_reduction(args)
     options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
     recurrent = get_router_type(args.moe_router_type).recurrent
     if not args.num_experts:
@@ -64,7 +65,7 @@ def check_available(args: argparse.Namespace) -> None:
     engine = installed("transformer_engine") and args.transformer_impl != "local"
     leave_out, recompute = "leave it out", "use --recompute-granularity"
     modules = args.recompute_modules or []
-    balancing = args.moe_router_load_balancing_type
+    kinds = args.moe_router_load_balancing_type
     coefficient = args.moe_aux_loss_coeff
     for refused, option, instead in (
         (
@@ -95,9 +96,9 @@ def check_available(args: argparse.Namespace) -> None:
             "use other modules",
         ),
         (
-            "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing)
+            "sinkhorn" in ([kinds] if isinstance(balancing, str) else balancing)
             and any(coefficient if isinstance(coefficient, list) else [coefficient]),
-            "--moe-router-load-balancing-type sinkhorn with an auxiliary loss",
+            "--moe-router-load-kinds-type sinkhorn with an auxiliary loss",
             "set --moe-aux-loss-coeff 0",
         ),
         (
@@ -167,6 +168,11 @@ def _refusals(args: argparse.Namespace):
     yield args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "leave it out"
     yield args.heterogeneous_layers_config_encoded_json, "--heterogeneous-layers-config-encoded-json", "leave it out"
     yield args.moe_use_upcycling, "--moe-use-upcycling", "up-cycle with --moe-router-type linear"
+    yield (
+        args.init_method_xavier_uniform and args.moe_router_rnn_init == "init_method",
+        "--moe-router-rnn-init init_method with --init-method-xavier-uniform",
+        "Xavier's bounds are a matrix's, and the recurrent cell has biases; leave one of them out",
+    )
     yield args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"
     yield args.spec is not None, "--spec", "the router brings its own layer specification"
     yield args.yaml_cfg is not None, "--yaml-cfg", "use --config or arguments"

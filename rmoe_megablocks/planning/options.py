@@ -68,7 +68,8 @@ _NEUTRAL_GROUPS = {
 _NEUTRAL = """
     --init-method-std --embedding-init-method-std --norm-epsilon --rotary-base --rotary-percent --rotary-interleaved
     --rope-scaling-factor --use-rope-scaling --use-rotary-position-embeddings --rope-type --moe-aux-loss-coeff
-    --moe-z-loss-coeff --moe-router-load-balancing-type --moe-router-score-function --moe-router-pre-softmax
+    --moe-aux-loss-reduction --moe-z-loss-coeff --moe-router-load-balancing-type --moe-router-score-function
+    --moe-router-pre-softmax
     --moe-router-num-groups --moe-router-group-topk --moe-router-topk-scaling-factor --moe-router-enable-expert-bias
     --moe-router-bias-update-rate --moe-router-force-load-balancing --moe-router-force-biased --moe-input-jitter-eps
     --moe-per-layer-logging --moe-grouped-gemm --moe-router-rnn-init --moe-router-upcycle --calculate-per-token-loss

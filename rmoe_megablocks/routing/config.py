@@ -19,8 +19,8 @@ class RoutingConfig:
         state_size: P, width of the routing state (Megatron argument ``--moe-router-rnn-hidden-size``).
         bias: whether projector and router have biases. The paper's 0.91B model has none, its small ones do.
         rnn_init: ``"standard"`` draws the recurrent cell's weights and biases from U(-1/sqrt(P), 1/sqrt(P)), as
-            the 0.91B model does; ``"init_method"`` draws its weights by ``init_method`` and zeroes its biases.
-        init_method: fills a weight matrix in place; default N(0, 0.02).
+            the 0.91B model does; ``"init_method"`` draws both by ``init_method``, as the released model code does.
+        init_method: fills a weight matrix, and with the above a bias, in place; default N(0, 0.02).
 
     Raises:
         ValueError: a size that is no whole number of at least 1, or an unknown ``rnn_init``.

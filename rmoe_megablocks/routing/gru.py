@@ -33,10 +33,8 @@ class GRUCell(SharedCell):
         for parameter in self.parameters():
             if self._config.rnn_init == "standard":
                 parameter.uniform_(-bound, bound)
-            elif parameter.dim() == 2:
-                self._config.init_method(parameter)
             else:
-                parameter.zero_()
+                self._config.init_method(parameter)
 
     def forward(self, p_TP: Tensor, h_TP: Tensor | None) -> Tensor:
         """p_TP [T, P], h_TP [T, P] or None for h_0 = 0 -> the next state [T, P], in the dtype of ``p_TP``."""

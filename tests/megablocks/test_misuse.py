@@ -168,6 +168,14 @@ def test_num_layers_is_the_number_of_layers():
     assert aux_loss > 0
 
 
+def test_one_expert_and_one_token():
+    layers, _ = layers_of(arguments(moe_num_experts=1, moe_top_k=1, ffn_hidden_size=128))
+    out, state, aux_loss = layers[0](X[:1, :1], None)
+    assert out.isfinite().all() and state.shape == (1, 1, STATE) and aux_loss.isfinite()
+    with pytest.raises(UsageError, match="moe_top_k must be between 1 and moe_num_experts .1., got 2"):
+        dMoE(arguments(moe_num_experts=1, ffn_hidden_size=128))
+
+
 def test_a_call_that_fails_leaves_no_state(layer):
     with pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:
         hook = layer.experts.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

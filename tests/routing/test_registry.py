@@ -45,7 +45,8 @@ def test_initialisation():
         assert parameter.abs().max() <= bound and parameter.std() > bound / 3
     config = RoutingConfig(512, 16, 64, bias=True, rnn_init="init_method")
     chosen = get_router_type("gru").build_shared(config)
-    assert chosen.weight_hh.std().item() == pytest.approx(0.02, rel=0.1) and chosen.bias_hh.abs().max() == 0
+    assert chosen.weight_hh.std().item() == pytest.approx(0.02, rel=0.1)
+    assert chosen.bias_hh.std().item() == pytest.approx(0.02, rel=0.2)  # drawn, as the released code draws it
     layer = LayerRouting(config)
     assert layer.projector.std().item() == pytest.approx(0.02, rel=0.1) and layer.router_bias.abs().max() == 0
     with pytest.raises(ValueError, match="rnn_init must be one of standard, init_method"):

@@ -12,6 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat import megatron_hooks
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checkpoints import upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.recurrence import stage_boundary
@@ -25,13 +26,14 @@ from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
 def install_router(model_config: GPTModelConfig, args) -> None:
     """Makes ``model_config`` build a model with the router and the experts that the arguments name.
 
-    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model with Megatron's experts is
-    left untouched.
+    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model with Megatron's experts and
+    sum of load-balancing losses is left untouched.
 
     Args:
         model_config: from ``gpt_config_from_args``; changed in place.
         args: parsed arguments, see :mod:`rmoe_megablocks.megatron.arguments`.
     """
+    balancing.apply_reduction(model_config.transformer, args)
     router_type = get_router_type(args.moe_router_type)
     if router_type.recurrent:
         _install_recurrence(model_config, args, router_type)
