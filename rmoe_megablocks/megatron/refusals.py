@@ -96,9 +96,9 @@ def check_available(args: argparse.Namespace) -> None:
             "use other modules",
         ),
         (
-            "sinkhorn" in ([kinds] if isinstance(balancing, str) else balancing)
+            "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds)
             and any(coefficient if isinstance(coefficient, list) else [coefficient]),
-            "--moe-router-load-kinds-type sinkhorn with an auxiliary loss",
+            "--moe-router-load-balancing-type sinkhorn with an auxiliary loss",
             "set --moe-aux-loss-coeff 0",
         ),
         (
