@@ -65,7 +65,9 @@ def megatron_version(folder):
     """The version of the Megatron-Core in a folder "megatron", as "0.20.0rc1"."""
     file = folder / "core" / "package_info.py"
     numbers = [_assigned(file, name) for name in ("MAJOR", "MINOR", "PATCH")]
-    return ".".join(str(number) for number in numbers if number is not None) + (_assigned(file, "PRE_RELEASE") or "")
+    if None in numbers:
+        return "unknown"
+    return ".".join(map(str, numbers)) + (_assigned(file, "PRE_RELEASE") or "")
 
 
 def _folder(module):

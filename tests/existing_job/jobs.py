@@ -66,10 +66,13 @@ class Job:
 def start(folder: Path, command: list[str], arguments: list[str], torchrun: int = 0) -> Job:
     """Starts Python with ``command`` and the arguments of a training of its own in ``folder``.
 
+    They are a GPU's: only a stock script, which nothing of ours parses for, is given those that CPU mode needs.
+
     Args:
         torchrun: number of processes to start with torchrun; 0 for one process without it.
     """
     folder.mkdir(parents=True)
+    needed = ARGUMENTS if STOCK in command else ()
     own = ["--save", str(folder / "checkpoint"), "--data-cache-path", str(folder / "cache")]
     env = {name: value for name, value in os.environ.items() if name not in ("RMOE_CPU_MODE_ANNOUNCED", "SLURM_PROCID")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -81,7 +84,7 @@ def start(folder: Path, command: list[str], arguments: list[str], torchrun: int 
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with (folder / "output.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *command, *TRAINING, *ARGUMENTS, *own, *arguments],
+            [sys.executable, *command, *TRAINING, *needed, *own, *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=env,

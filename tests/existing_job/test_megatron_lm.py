@@ -1,12 +1,11 @@
 """Wrapper and patch with Megatron-LM's real pretrain_gpt.py.
 
-Needs a checkout of the tag core_v0.19.0, which is not part of this repository::
+Needs a checkout of the tag core_v0.19.0 or of the main branch, which is not part of this repository::
 
     git clone --depth 1 --branch core_v0.19.0 https://github.com/NVIDIA/Megatron-LM DIR
     RMOE_MEGATRON_LM=DIR bash tests/run.sh tests/existing_job
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ PATCH = ROOT / "patches" / "megatron-lm" / "core_v0.19.0.patch"
 SCRIPTS = ("pretrain_gpt.py", "gpt_builders.py", "model_provider.py")
 
 pytestmark = pytest.mark.skipif(
-    not SOURCE, reason="needs RMOE_MEGATRON_LM: a checkout of Megatron-LM's tag core_v0.19.0"
+    not SOURCE, reason="needs RMOE_MEGATRON_LM: a checkout of Megatron-LM, tag core_v0.19.0 or main"
 )
 
 
@@ -32,9 +31,6 @@ def checkouts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("megatron-lm")
     for name in ("stock", "patched"):
         shutil.copytree(Path(SOURCE, "megatron"), folder / name / "megatron")
-        datasets = folder / name / "megatron" / "core" / "datasets"
-        if not list(datasets.glob("helpers_cpp*.so")):  # Megatron compiles it with make and pybind11
-            shutil.copy(importlib.util.find_spec("megatron.core.datasets.helpers_cpp").origin, datasets)
     for name in ("stock", "patched", "scripts"):
         (folder / name).mkdir(exist_ok=True)
         for script in SCRIPTS:
