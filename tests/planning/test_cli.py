@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -163,7 +162,5 @@ def test_it_prints_nothing_but_the_plan():
     """In a process of its own: Megatron's parser is imported, and says nothing of CPU mode or missing kernels."""
     command = [sys.executable, "-m", "rmoe_megablocks.cli", "plan", PAPER, "--no-swiglu", "--json"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RMOE_")}
-    started = time.monotonic()
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout)["fits"] and done.stderr == ""
-    assert time.monotonic() - started < 15
