@@ -24,12 +24,13 @@ _OTHER_CALLS = (
 def refusals(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
     """(whether it applies, the option, what to use instead)."""
     yield (
-        _number(args, "tensor_parallel_num_weight_shards") > 1,
+        _number(args, "tensor_parallel_num_weight_shards") > args.tensor_model_parallel_size,  # Megatron's default
         "--tensor-parallel-num-weight-shards",
         "its shards of weights are gathered outside the layer's call; leave it out",
     )
     yield (
-        _number(args, "expert_tensor_parallel_num_weight_shards") > 1,
+        _number(args, "expert_tensor_parallel_num_weight_shards")
+        > (args.expert_tensor_parallel_size or args.tensor_model_parallel_size),
         "--expert-tensor-parallel-num-weight-shards",
         "its shards of weights are gathered outside the layer's call; leave it out",
     )
