@@ -66,7 +66,19 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
+    num_samples = [training_samples(args, num_samples[0]), *num_samples[1:]]
     return BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, dataset_config(args)).build()
+
+
+def training_samples(args, asked: int) -> int:
+    """Windows for all iterations, where a resumed run has read more than its smaller batch would have by now.
+
+    Megatron asks for --train-iters times the batch size of today (training.py:4473), and ends without data otherwise.
+    """
+    if not args.train_iters or args.step_batch_size_schedule or args.phase_transition_iterations:
+        return asked
+    left = max(0, args.train_iters - args.iteration) * args.global_batch_size
+    return max(asked, args.consumed_train_samples + left)
 
 
 datasets_provider.is_distributed = True  # read by Megatron: every rank calls it

@@ -12,7 +12,7 @@ import torch
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, batch_schedule, datasets, refusals, rehearsal
-from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
+from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
@@ -96,8 +96,9 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     rehearsal.rehearse(args)
     notes += model.check(args)
     resharding.check_optimizer_layout(args)
+    checkpoint_notes = [] if args.moe_router_upcycle else [*checkpoint_note, *schedule.choose(args)]
     nonfinite.choose(args)
-    notes += choose_optimizer_checkpoint(args) + ([] if args.moe_router_upcycle else checkpoint_note) + chosen.notes
+    notes += choose_optimizer_checkpoint(args) + checkpoint_notes + chosen.notes
     run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config)
     del args.explicit, args.argv, args.as_config  # Megatron saves its arguments with every checkpoint
     return run

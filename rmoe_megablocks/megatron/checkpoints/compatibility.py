@@ -29,7 +29,13 @@ def latest_iteration(folder: Path | str | None) -> int | None:
 
 
 def saved_arguments(folder: Path | str, step: int | None = None) -> argparse.Namespace | None:
-    """Arguments of the run that wrote a torch_dist checkpoint in ``folder``; None for other formats.
+    """Arguments of the run that wrote a torch_dist checkpoint, as :func:`saved_state`; None for other formats."""
+    state = saved_state(folder, step)
+    return state and state.get("args")
+
+
+def saved_state(folder: Path | str, step: int | None = None) -> dict | None:
+    """What a torch_dist checkpoint in ``folder`` holds besides tensors: arguments, iteration, schedule; else None.
 
     Args:
         folder: of the checkpoints and their tracker file.
@@ -45,7 +51,7 @@ def saved_arguments(folder: Path | str, step: int | None = None) -> argparse.Nam
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # "torch.distributed is uninitialized": it need not be here
-            return load_common_state_dict(str(checkpoint)).get("args")
+            return load_common_state_dict(str(checkpoint))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is one
