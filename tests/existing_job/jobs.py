@@ -99,6 +99,11 @@ def losses(output: str) -> list[str]:
     return lines + re.findall(r"(validation loss at .*?lm loss value: \S+)", output)
 
 
+def as_own_entry(lines: list[str]) -> list[str]:
+    """What our own entry logs of the same job: it leaves Megatron's second validation after the last iteration out."""
+    return [line for line in lines if "on validation set" not in line]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
