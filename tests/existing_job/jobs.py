@@ -32,9 +32,9 @@ OWN_ENTRY = "import sys; from rmoe_megablocks.megatron import pretrain; sys.exit
 # a script as its owner runs it; the first import is what lets Megatron run without a GPU
 STOCK = """
 import os, runpy, sys
-import rmoe_megablocks.megatron
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import rmoe_megablocks.megatron
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 WRAPPER = ["-m", "rmoe_megablocks.megatron.run"]
