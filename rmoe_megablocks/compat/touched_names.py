@@ -85,6 +85,7 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("megatron.training.argument_utils:gpt_config_from_args", "put the router into a script's model", ("args",)),
     Touched("megatron.training.training:pretrain", "check a script's model before it trains"),
     Touched("megatron.training:pretrain", "check a script's model before it trains"),
+    Touched("megatron.training.global_vars:_GLOBAL_TOKENIZER", "try the tokenizer before the ranks start"),
     # megatron_checkpoints.py
     Touched("megatron.training.training:save_checkpoint", _CHECKPOINTS),
     Touched("megatron.core.dist_checkpointing.serialization:save_integrity_manifest", _CHECKPOINTS),

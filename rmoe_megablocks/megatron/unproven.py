@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from rmoe_megablocks.megatron.experts.backend import expert_tensor_size
+
 # They run the MoE layer in pieces, at another time or more than once a forward pass, or move what it has saved for the
 # backward pass. All but the first need Transformer Engine on a GPU.
 _OTHER_CALLS = (
@@ -23,14 +25,14 @@ _OTHER_CALLS = (
 
 def refusals(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
     """(whether it applies, the option, what to use instead)."""
+    # once validated, they are the tensor-parallel size where nobody asked for more
     yield (
-        _number(args, "tensor_parallel_num_weight_shards") > args.tensor_model_parallel_size,  # Megatron's default
+        _number(args, "tensor_parallel_num_weight_shards") > args.tensor_model_parallel_size,
         "--tensor-parallel-num-weight-shards",
         "its shards of weights are gathered outside the layer's call; leave it out",
     )
     yield (
-        _number(args, "expert_tensor_parallel_num_weight_shards")
-        > (args.expert_tensor_parallel_size or args.tensor_model_parallel_size),
+        _number(args, "expert_tensor_parallel_num_weight_shards") > expert_tensor_size(args),
         "--expert-tensor-parallel-num-weight-shards",
         "its shards of weights are gathered outside the layer's call; leave it out",
     )

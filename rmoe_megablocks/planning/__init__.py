@@ -5,7 +5,15 @@ counted on its modules. Everything else is arithmetic on :class:`.settings.Setti
 that Megatron builds.
 """
 
-from rmoe_megablocks.planning.plan import Plan, make_plan
-from rmoe_megablocks.planning.settings import Settings, read_settings
+import importlib
 
-__all__ = ["Plan", "Settings", "make_plan", "read_settings"]
+_HOMES = {"Plan": "plan", "make_plan": "plan", "Settings": "settings", "read_settings": "settings"}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    """Late: they import torch, and the rmoe command, doctor included, has to start without it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher.config import Config, find_config, load_config, merge, to_argv
-from rmoe_megablocks.planning import report
-from rmoe_megablocks.planning.plan import make_plan
-from rmoe_megablocks.planning.settings import Settings, is_argument, read_settings
+
+if TYPE_CHECKING:
+    from rmoe_megablocks.planning import Settings
 
 _EPILOG = """\
 Every other argument is Megatron's or the router's and beats the configuration's, as for launch/pretrain_rmoe.sh:
@@ -49,6 +50,10 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 if the run fits, 1 if not. Raises UsageError with one line for what cannot be planned."""
+    from rmoe_megablocks.planning import report  # late: they import torch, which the other commands do without
+    from rmoe_megablocks.planning.plan import make_plan
+    from rmoe_megablocks.planning.settings import is_argument, read_settings
+
     path = find_config(args.config)
     config = load_config(path)
     if args.megatron_arguments and not args.megatron_arguments[0].startswith("--"):

@@ -32,9 +32,9 @@ OWN_ENTRY = "import sys; from rmoe_megablocks.megatron import pretrain; sys.exit
 # a script as its owner runs it; the first import is what lets Megatron run without a GPU
 STOCK = """
 import os, runpy, sys
-import rmoe_megablocks.megatron
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import rmoe_megablocks.megatron
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 WRAPPER = ["-m", "rmoe_megablocks.megatron.run"]
@@ -97,6 +97,11 @@ def losses(output: str) -> list[str]:
     """What Megatron logged of each iteration's losses and gradient norm, and of both evaluations."""
     lines = re.findall(r"iteration +\d+/.*?(lm loss: .*?grad norm: \S+)", output)
     return lines + re.findall(r"(validation loss at .*?lm loss value: \S+)", output)
+
+
+def as_own_entry(lines: list[str]) -> list[str]:
+    """What our own entry logs of the same job: it leaves Megatron's second validation after the last iteration out."""
+    return [line for line in lines if "on validation set" not in line]
 
 
 def _free_port() -> int:
