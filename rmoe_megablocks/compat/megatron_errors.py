@@ -36,7 +36,7 @@ _ALIASES = {
     "tokenizer": "tokenizer_type",
 }
 _WRONG_VALUES = (ValueError, AssertionError, ImportError, NotImplementedError)
-_SLIPS = (KeyError, IndexError, TypeError, ZeroDivisionError, AttributeError, OverflowError)
+_SLIPS = (KeyError, IndexError, TypeError, ZeroDivisionError, AttributeError, OverflowError, OSError)
 
 
 class in_one_line(contextlib.AbstractContextManager):
@@ -59,7 +59,8 @@ def is_refusal(error: BaseException) -> bool:
     """Whether ``error`` says that Megatron cannot do what its arguments ask for.
 
     ValueError, AssertionError and ImportError do, wherever they come from. What a wrong value may run into, such as a
-    division by zero, does where it happens in Megatron's own code, and any other Exception where Megatron raises it.
+    division by zero or a file that is not there, does where it happens in Megatron's own code, and any other Exception
+    where Megatron raises it.
     """
     if isinstance(error, _WRONG_VALUES):
         return True

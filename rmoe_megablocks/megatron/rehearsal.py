@@ -65,6 +65,7 @@ def _check_packages(args: argparse.Namespace) -> None:
     """What is imported late, and by the last rank alone (global_vars.py:231)."""
     for wanted, option, module in (
         (args.wandb_project, f"--wandb-project {args.wandb_project}", "wandb"),
+        ("--tensorboard-dir" in args.explicit, f"--tensorboard-dir {args.tensorboard_dir}", "tensorboard"),
         (args.enable_ft_package, "--enable-ft-package", "nvidia_resiliency_ext"),
         (args.adlr_autoresume, "--adlr-autoresume", "userlib"),
         (args.hierarchical_context_parallel_sizes, "--hierarchical-context-parallel-sizes", "einops"),

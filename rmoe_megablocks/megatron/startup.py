@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ class in_one_line(contextlib.AbstractContextManager):
             raise UsageError(f"{explain(error, self._args())}; the traceback is {self._place()}") from error
 
     def _print_traceback(self, error: BaseException) -> None:
+        if self._log is None and os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # as report_from_rank does: rank 0 mostly finds the same, and its exit ends this process
         traceback.print_exception(error, file=sys.stdout)
         sys.stdout.flush()
 
@@ -56,6 +59,7 @@ class in_one_line(contextlib.AbstractContextManager):
 def ended_early(exit: SystemExit, log: Path) -> CommonError:
     """For Megatron's exit before there was a model: what it said last, which is in its log alone."""
     reason = exit.code if isinstance(exit.code, str) else f"exit code {exit.code or 0}"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = f": {lines[-1][:200]}" if lines else ""
-    return CommonError(f"Megatron ended the run before its first iteration ({reason}){said}; its log is {log}")
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = f", which ends with: {lines[-1][:200]}" if lines else ""
+    return CommonError(f"Megatron ended the run before its first iteration ({reason}); its log is {log}{said}")

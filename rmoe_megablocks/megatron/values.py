@@ -185,9 +185,20 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
         args.position_embedding_type == "rope" and width % 2,
         f"--position-embedding-type rope turns pairs of channels, and --kv-channels x --rotary-percent are {width}",
     )
+    if megatron_cpu.active():
+        yield args.gpu_sniff_test_interval is not None, "--gpu-sniff-test-interval: there is no GPU"
+        yield args.record_memory_history, "--record-memory-history: there is no GPU"
+        yield args.use_sharp, "--use-sharp: there is no GPU, and so no NCCL"
+    yield args.sharp_enabled_group and not args.use_sharp, "--sharp-enabled-group needs --use-sharp"
+    yield args.lazy_mpu_init, "--lazy-mpu-init: this entry sets up the process groups at once; leave it out"
     yield (
-        args.gpu_sniff_test_interval is not None and megatron_cpu.active(),
-        "--gpu-sniff-test-interval: there is no GPU",
+        args.config_logger_dir,
+        "--config-logger-dir: Megatron cannot write configurations that hold process groups; leave it out, the run's "
+        "folder has config.yaml and arguments.json",
+    )
+    yield (
+        args.moe_apply_probs_on_input and args.num_experts and args.moe_router_topk != 1,
+        f"--moe-apply-probs-on-input needs --moe-router-topk 1, not {args.moe_router_topk}",
     )
     pattern = args.moe_layer_freq
     if args.num_experts and isinstance(pattern, list):

@@ -22,6 +22,7 @@ def jobs(tmp_path_factory):
         "wrapped linear": start(folder / "3", SCRIPT, []),
         "stock": start(folder / "4", ["-c", STOCK, str(STOCK_SCRIPT)], []),
         "own model": start(folder / "5", SCRIPT, [*GRU, "--stock-script-builds-the-model"]),
+        "asserted": start(folder / "7", SCRIPT, [*GRU, "--fp16", "--bf16"]),
         "refused": start(folder / "6", SCRIPT, [*GRU, "--cuda-graph-impl", "local"]),
     }
     yield started.__getitem__
@@ -61,6 +62,14 @@ def test_what_the_router_cannot_do_is_refused_before_anything_starts(jobs):
     code, output = jobs("refused").end()
     assert code == 2
     assert output.splitlines()[-1].startswith("rmoe: error: --moe-router-type gru does not work with --cuda-graph-impl")
+
+
+def test_what_megatron_asserts_is_one_line_under_its_traceback(jobs):
+    code, output = jobs("asserted").end()
+    assert code == 2
+    *above, last = output.splitlines()
+    assert last.startswith("rmoe: error: Megatron requires no --bf16 with --fp16 (arguments.py:"), last
+    assert last.endswith("; the traceback is above") and "AssertionError" in above[-1]
 
 
 @pytest.mark.parametrize(
