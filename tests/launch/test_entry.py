@@ -77,7 +77,8 @@ def checked(monkeypatch):
         calls.append((argv, nproc_per_node, nnodes))
         if "--wrong" in argv:
             raise UsageError("--wrong is wrong")
-        return types.SimpleNamespace(nproc_per_node=nproc_per_node or 2)
+        run = types.SimpleNamespace(check_unlocked=lambda: None)
+        return types.SimpleNamespace(nproc_per_node=nproc_per_node or 2, run=run)
 
     monkeypatch.setattr(megatron_package, "preflight", types.SimpleNamespace(check=check), raising=False)
     return calls
