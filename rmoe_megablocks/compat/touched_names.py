@@ -87,7 +87,7 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("megatron.training:pretrain", "check a script's model before it trains"),
     Touched("megatron.training.global_vars:_GLOBAL_TOKENIZER", "try the tokenizer before the ranks start"),
     # megatron_schedule.py
-    Touched("megatron.training.training:load_checkpoint", "extend the schedule of a run that resumes", ("optimizer",)),
+    Touched("megatron.training.training:load_checkpoint", "extend the schedule of a run that resumes"),
     Touched("megatron.training.training:get_args", "read a schedule before the ranks start"),
     # megatron_checkpoints.py
     Touched("megatron.training.training:save_checkpoint", _CHECKPOINTS),
