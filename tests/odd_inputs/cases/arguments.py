@@ -56,8 +56,8 @@ REFUSED = {
     "--enable-cuda-graph": "gru does not work with --cuda-graph-impl",
     "--mtp-num-layers 2 --mtp-use-repeated-layer": "gru does not work with --mtp-use-repeated-layer",
     "--use-mup": "gru does not work with --use-mup",
-    "--global-batch-size=null --step-batch-size-schedule '0:16 1K:9'": "9 from sample 3 on is no multiple of",
-    "--global-batch-size=null --step-batch-size-schedule x": "--step-batch-size-schedule x: Invalid schedule entry",
+    "--global-batch-size=null --step-batch-size-schedule '0:16 1K:9'": "9 is no multiple of 4",
+    "--global-batch-size=null --step-batch-size-schedule x": "--step-batch-size-schedule .x.: Invalid schedule entry",
 }
 
 
