@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from rmoe_megablocks.compat.megatron_cpu import ARGUMENTS
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
@@ -81,7 +81,7 @@ def start(folder: Path, command: list[str], arguments: list[str], torchrun: int 
         command = ["-m", "torch.distributed.run", *rendezvous, *command]
     else:
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with (folder / "output.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *command, *TRAINING, *needed, *own, *arguments],
@@ -102,9 +102,3 @@ def losses(output: str) -> list[str]:
 def as_own_entry(lines: list[str]) -> list[str]:
     """What our own entry logs of the same job: it leaves Megatron's second validation after the last iteration out."""
     return [line for line in lines if "on validation set" not in line]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -9,7 +9,6 @@ import io
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,6 @@ from typing import Any
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def free_port() -> str:
-    """A port for the ranks to meet at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def alarm(seconds: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.process import report_from_rank
 from tests.faults import kill_points  # no Megatron up here: the process of a manager imports this module as well
+from tests.ports import free_port
 
 TIMEOUT = 120
 
@@ -34,7 +35,7 @@ def run(argv: list[str], kill: str | None) -> int:
 def forked(step: dict, output: Path) -> list[int]:
     """Exit codes of a step's ranks, each run in a process of its own."""
     ranks = step.get("ranks", 1)
-    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": kill_points.free_port()}
+    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     output.write_text("")
     children = [_fork(step, rank, output) for rank in range(ranks)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
