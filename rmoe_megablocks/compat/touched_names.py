@@ -65,7 +65,7 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("megatron.core.transformer.moe.moe_layer:MoELayer.routed_experts_compute", _EXPERTS),
     Touched("megatron.core.transformer.moe.moe_layer:MoELayer.combine", _EXPERTS),
     Touched("megatron.core.transformer.moe.moe_layer:MoELayer.postprocess", _EXPERTS),
-    # megatron_hooks.py and megatron_script_hooks.py
+    # megatron/hooks.py and megatron/script_hooks.py
     Touched(
         "megatron.training.training:training_log",
         "report each iteration",
@@ -86,10 +86,10 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("megatron.training.training:pretrain", "check a script's model before it trains"),
     Touched("megatron.training:pretrain", "check a script's model before it trains"),
     Touched("megatron.training.global_vars:_GLOBAL_TOKENIZER", "try the tokenizer before the ranks start"),
-    # megatron_schedule.py
+    # megatron/schedule.py
     Touched("megatron.training.training:load_checkpoint", "extend the schedule of a run that resumes"),
     Touched("megatron.training.training:get_args", "read a schedule before the ranks start"),
-    # megatron_checkpoints.py
+    # megatron/checkpoints.py
     Touched("megatron.training.training:save_checkpoint", _CHECKPOINTS),
     Touched("megatron.core.dist_checkpointing.serialization:save_integrity_manifest", _CHECKPOINTS),
     Touched("megatron.core.dist_checkpointing.serialization:verify_integrity_manifest", _CHECKPOINTS),

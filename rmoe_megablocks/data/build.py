@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from rmoe_megablocks.data import indexed
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.formats import AUTO, BYTES
 from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
-from rmoe_megablocks.data.sources import Inputs
+from rmoe_megablocks.data.reading.formats import AUTO, BYTES
+from rmoe_megablocks.data.reading.sources import Inputs
 from rmoe_megablocks.data.split import SPLITS, parse_split
 from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
 from rmoe_megablocks.process import progress_stream

@@ -9,9 +9,9 @@ import hashlib
 from pathlib import Path
 
 from rmoe_megablocks.data.build import OutputExists, prepare
-from rmoe_megablocks.data.compression import open_text
 from rmoe_megablocks.data.errors import DataError
 from rmoe_megablocks.data.metadata import DatasetMetadata
+from rmoe_megablocks.data.reading.compression import open_text
 
 CORPUS_PATH = Path(__file__).parent / "corpus" / "enwik8_1mb.xz"
 CORPUS_SHA256 = "369b688978f649681136198fb96db14c1616756260c55fb4b65e9bc049552cad"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rmoe_megablocks.data import indexed
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.sources import Source
+from rmoe_megablocks.data.reading.sources import Source
 from rmoe_megablocks.data.split import SPLITS
 
 FORMAT_VERSION = 1

@@ -47,7 +47,8 @@ def _launch(argv: list[str]) -> int:
 
     quiet_warnings(speaks=False)  # the workers give them
     # late, because it imports torch, which reads the environment variables just set
-    from rmoe_megablocks.megatron import datasets, preflight
+    from rmoe_megablocks.megatron import preflight
+    from rmoe_megablocks.megatron.inputs import datasets
 
     with run.located_errors():
         plan = preflight.check(run.megatron, nproc_per_node=own.nproc_per_node, nnodes=own.nnodes)

@@ -14,12 +14,13 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat import megatron_cpu
-from rmoe_megablocks.compat.megatron_dead_arguments import refuse_dead_arguments
-from rmoe_megablocks.compat.megatron_errors import in_one_line
+from rmoe_megablocks.compat.megatron.dead_arguments import refuse_dead_arguments
+from rmoe_megablocks.compat.megatron.errors import in_one_line
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, parser, values
+from rmoe_megablocks.megatron import balancing, parser
+from rmoe_megablocks.megatron.checks import values
+from rmoe_megablocks.megatron.checks.refusals import check_router_arguments, installed
 from rmoe_megablocks.megatron.experts import backend
-from rmoe_megablocks.megatron.refusals import check_router_arguments, installed
 from rmoe_megablocks.routing import get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
 

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from megatron.training import get_args, global_vars
 from megatron.training.models.gpt import GPTModelConfig
 
-from rmoe_megablocks.compat import megatron_cpu, megatron_hooks, megatron_script_hooks
+from rmoe_megablocks.compat import megatron_cpu
+from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
+from rmoe_megablocks.compat.megatron import script_hooks as megatron_script_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, balancing, refusals, startup
+from rmoe_megablocks.megatron import arguments, balancing
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
+from rmoe_megablocks.megatron.checks import refusals, startup
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint

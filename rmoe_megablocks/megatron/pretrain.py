@@ -15,9 +15,10 @@ from megatron.training.global_vars import set_global_variables
 
 from rmoe_megablocks import yaml12
 from rmoe_megablocks.command_line import program_arguments
-from rmoe_megablocks.compat import megatron_hooks
-from rmoe_megablocks.megatron import batches, startup
+from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.megatron.checkpoints import compatibility, safety
+from rmoe_megablocks.megatron.checks import startup
+from rmoe_megablocks.megatron.inputs import batches
 from rmoe_megablocks.megatron.monitoring import nonfinite, summary
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from rmoe_megablocks.megatron.monitoring.reporting import Reporter, log_file, megatron_output_to

@@ -11,9 +11,11 @@ import torch
 
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, batch_schedule, datasets, refusals, rehearsal
+from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
+from rmoe_megablocks.megatron.checks import refusals, rehearsal
+from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint

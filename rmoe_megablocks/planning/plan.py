@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.planning import flops, memory, parameters, traffic
+from rmoe_megablocks.planning.counts import flops, memory, parameters, traffic
 from rmoe_megablocks.planning.settings import Settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmoe_megablocks.planning import memory, parameters
+from rmoe_megablocks.planning.counts import memory, parameters
 from rmoe_megablocks.planning.plan import Plan
 
 Rows = list[tuple[str, ...]]

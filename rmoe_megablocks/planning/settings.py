@@ -13,7 +13,7 @@ from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.data import DataError, DatasetMetadata
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import options
-from rmoe_megablocks.planning.routing import RoutingCost, measure
+from rmoe_megablocks.planning.counts.routing import RoutingCost, measure
 from rmoe_megablocks.routing import RoutingConfig, get_router_type
 
 

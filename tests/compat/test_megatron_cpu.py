@@ -283,7 +283,7 @@ def test_results_of_checkpoint_writers_are_held_by_a_fork(monkeypatch):
     """Also behind what a run puts in that function's place; a spawned process imports everything again, for seconds."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from rmoe_megablocks.compat import megatron_checkpoints
+    from rmoe_megablocks.compat.megatron import checkpoints as megatron_checkpoints
 
     for name in ("_results_queue", "get_write_results_queue"):
         monkeypatch.setattr(filesystem_async, name, getattr(filesystem_async, name))

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from rmoe_megablocks.compat.megatron_errors import explain, in_one_line, is_refusal, lost_contact, out_of_memory
+from rmoe_megablocks.compat.megatron.errors import explain, in_one_line, is_refusal, lost_contact, out_of_memory
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
 from tests.distributed.arguments import BASE

@@ -5,7 +5,8 @@ import torch
 import yaml
 
 from rmoe_megablocks.launcher.config import REPOSITORY, load_config
-from rmoe_megablocks.planning import make_plan, memory, parameters, read_settings
+from rmoe_megablocks.planning import make_plan, read_settings
+from rmoe_megablocks.planning.counts import memory, parameters
 from tests.planning.built import CONFIGS, arguments, build, checked, count, rank_of, stage_ranks
 
 from megatron.core.transformer.module import Float16Module  # isort: skip  after CPU mode

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 
 from rmoe_megablocks.data import DataError, open_text, prepare, read_tokens
-from rmoe_megablocks.data.rows import read_rows
+from rmoe_megablocks.data.reading.rows import read_rows
 
 TEXT = "Zeile eins, naïve\r\nline two 日本語\n".encode() * 40
 ROWS = [{"id": number, "text": f"row {number} é\n"} for number in range(60)]
@@ -185,7 +185,7 @@ def test_a_key_is_for_json(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 18])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_arrays(tmp_path, monkeypatch, chunk, mark):
-    monkeypatch.setattr("rmoe_megablocks.data.rows._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("rmoe_megablocks.data.reading.rows._CHUNK_BYTES", chunk)
     rows = [{"text": 'a "quoted" \\ [one], 日本語 \n', "n": [1.5e-7, -12, True, None, {"text": "no"}]}, *ROWS[:3]]
     rows.append({"x": "y" * 999, "text": "end"})
     for spelled in (json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False), json.dumps(rows) + "\n\n"):

@@ -68,7 +68,7 @@ def test_cuts_move_to_the_end_of_a_character(tmp_path, models, monkeypatch):
     data = text.encode()
     (tmp_path / "text").write_bytes(data)
     for chunk in (1, 3, 1 << 20):
-        monkeypatch.setattr("rmoe_megablocks.data.sources.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("rmoe_megablocks.data.reading.sources.CHUNK_BYTES", chunk)
         for first in range(1, 13):
             out = tmp_path / f"{chunk}-{first}"
             metadata = prepare(

@@ -9,8 +9,8 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from rmoe_megablocks.megatron import batches
 from rmoe_megablocks.megatron.checkpoints import resharding, safety
+from rmoe_megablocks.megatron.inputs import batches
 from rmoe_megablocks.megatron.recurrence import install, layer, stage_boundary
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter

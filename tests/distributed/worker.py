@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args, training
 
-from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.monitoring import evaluation
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth

@@ -7,7 +7,8 @@ import torch
 
 from rmoe_megablocks.launcher.config import REPOSITORY
 from rmoe_megablocks.megatron.recurrence.install import install_router
-from rmoe_megablocks.planning import memory, parameters, read_settings
+from rmoe_megablocks.planning import read_settings
+from rmoe_megablocks.planning.counts import memory, parameters
 from tests.planning.built import arguments, build, checked, rank_of
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip  after CPU mode

@@ -3,7 +3,8 @@
 import pytest
 
 from rmoe_megablocks.launcher.config import REPOSITORY
-from rmoe_megablocks.planning import parameters, read_settings
+from rmoe_megablocks.planning import read_settings
+from rmoe_megablocks.planning.counts import parameters
 from tests.planning.built import arguments, build, checked, count, rank_of, stage_ranks
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from rmoe_megablocks.launcher.config import REPOSITORY
-from rmoe_megablocks.planning import flops, memory, parameters, read_settings, settings, traffic
-from rmoe_megablocks.planning.routing import measure
+from rmoe_megablocks.planning import read_settings, settings
+from rmoe_megablocks.planning.counts import flops, memory, parameters, traffic
+from rmoe_megablocks.planning.counts.routing import measure
 from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type, register, registry
 from rmoe_megablocks.routing.registry import SharedCell
 from tests.planning.built import arguments

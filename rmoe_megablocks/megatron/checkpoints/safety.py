@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rmoe_megablocks.compat import megatron_checkpoints
+from rmoe_megablocks.compat.megatron import checkpoints as megatron_checkpoints
 from rmoe_megablocks.errors import CommonError
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checkpoints.files import MANIFEST, TRACKER, State

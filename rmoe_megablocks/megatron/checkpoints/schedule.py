@@ -9,7 +9,7 @@ import argparse
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rmoe_megablocks.compat import megatron_schedule
+from rmoe_megablocks.compat.megatron import schedule as megatron_schedule
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints import compatibility
 

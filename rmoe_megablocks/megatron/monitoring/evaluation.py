@@ -12,7 +12,7 @@ from megatron.core import mpu
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, training
 
-from rmoe_megablocks.megatron import batches
+from rmoe_megablocks.megatron.inputs import batches
 from rmoe_megablocks.megatron.monitoring.interruption import Interrupted
 
 SECONDS_BETWEEN_CHECKS = 1.0

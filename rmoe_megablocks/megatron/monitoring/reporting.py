@@ -79,7 +79,7 @@ class Reporter:
             self.health.measuring = _is_logged
 
     def on_iteration(self, loss_dict, learning_rate, iteration, skipped_iter, grad_norm) -> None:
-        """An iteration is done. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_training_log`."""
+        """An iteration is done. See :func:`rmoe_megablocks.compat.megatron.hooks.observe_training_log`."""
         args = get_args()
         self.iteration = iteration
         now = time.perf_counter()
@@ -168,7 +168,7 @@ class Reporter:
         return split not in self._exact
 
     def on_evaluation(self, split: str, index: int, iteration: int, losses: dict, seconds: float) -> None:
-        """A set is evaluated. See :func:`rmoe_megablocks.compat.megatron_hooks.observe_evaluations`."""
+        """A set is evaluated. See :func:`rmoe_megablocks.compat.megatron.hooks.observe_evaluations`."""
         args = get_args()
         if split == "valid":
             self._evaluated_at = iteration

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 import torch
 
 from rmoe_megablocks import data
-from rmoe_megablocks.megatron import datasets
 from rmoe_megablocks.megatron.checkpoints.files import write_atomically
+from rmoe_megablocks.megatron.inputs import datasets
 from rmoe_megablocks.megatron.monitoring import evaluation
 from rmoe_megablocks.megatron.monitoring.evaluation import Part
 from rmoe_megablocks.megatron.monitoring.interruption import Interrupted, Interruption

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checkpoints import upcycling

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rmoe_megablocks.compat import megatron_schedule
+from rmoe_megablocks.compat.megatron import schedule as megatron_schedule
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import batches, preflight
+from rmoe_megablocks.megatron import preflight
 from rmoe_megablocks.megatron.checkpoints import compatibility, schedule
+from rmoe_megablocks.megatron.inputs import batches
 from tests.distributed.arguments import BASE
 
 COSINE = "--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1".split()  # 10 iterations of batch 4

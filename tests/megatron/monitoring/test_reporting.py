@@ -8,7 +8,7 @@ import pytest
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.training import training
 
-from rmoe_megablocks.compat import megatron_hooks
+from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.megatron.monitoring import reporting
 from rmoe_megablocks.megatron.monitoring.reporting import Reporter
 

@@ -1,4 +1,4 @@
-"""Finds arguments of the installed Megatron that nothing reads: ``python -m tests.megatron.dead_arguments``.
+"""Finds arguments of the installed Megatron that nothing reads: ``python -m tests.megatron.checks.dead_arguments``.
 
 An argument counts as read where its name is loaded as an attribute or is a word of its own in a string, anywhere in
 megatron.core, megatron.training and this package, but not in the parser, in ``validate_args`` or in modules of other
@@ -57,7 +57,7 @@ def _sources() -> Iterator[tuple[str, ast.Module]]:
     for root, folders in ((megatron, ("core", "training")), (ours, (".",))):
         for folder in folders:
             for file in (root / folder).rglob("*.py"):
-                if file.name not in ("megatron_dead_arguments.py", "values.py"):
+                if file.name not in ("dead_arguments.py", "values.py"):
                     with warnings.catch_warnings(action="ignore"):  # of Megatron's escape sequences
                         yield file.relative_to(root).as_posix(), ast.parse(file.read_text())
 

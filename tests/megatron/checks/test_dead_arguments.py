@@ -4,10 +4,10 @@ import argparse
 
 import pytest
 
-from rmoe_megablocks.compat.megatron_dead_arguments import DEAD, HARMLESS, OTHER_PROGRAMS, refuse_dead_arguments
+from rmoe_megablocks.compat.megatron.dead_arguments import DEAD, HARMLESS, OTHER_PROGRAMS, refuse_dead_arguments
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
-from tests.megatron.dead_arguments import unread
+from tests.megatron.checks.dead_arguments import unread
 
 from megatron.training.arguments import add_megatron_arguments  # isort: skip  after CPU mode
 

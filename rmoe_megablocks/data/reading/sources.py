@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmoe_megablocks.data import formats
-from rmoe_megablocks.data.compression import check_file, open_text
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.rows import read_rows
+from rmoe_megablocks.data.reading import formats
+from rmoe_megablocks.data.reading.compression import check_file, open_text
+from rmoe_megablocks.data.reading.rows import read_rows
 
 CHUNK_BYTES = 1 << 20
 

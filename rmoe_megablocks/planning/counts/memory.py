@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rmoe_megablocks.planning import parameters
+from rmoe_megablocks.planning.counts import parameters
 from rmoe_megablocks.planning.settings import Settings
 
 GIB = 2**30

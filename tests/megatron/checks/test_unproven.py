@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from rmoe_megablocks.megatron import unproven
+from rmoe_megablocks.megatron.checks import unproven
 
 ARGS = {
     "tensor_model_parallel_size": 2,

@@ -5,7 +5,8 @@ import importlib.util
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, unproven
+from rmoe_megablocks.megatron import balancing
+from rmoe_megablocks.megatron.checks import unproven
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.routing import get_router_type
 

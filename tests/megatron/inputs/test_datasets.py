@@ -8,7 +8,8 @@ import pytest
 from rmoe_megablocks import data
 from rmoe_megablocks.data.indexed import SplitWriter
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import batches, blends, datasets, preflight
+from rmoe_megablocks.megatron import preflight
+from rmoe_megablocks.megatron.inputs import batches, blends, datasets
 from tests.distributed.arguments import BASE
 
 SEQUENCE = 32  # of BASE

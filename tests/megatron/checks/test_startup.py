@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import startup
+from rmoe_megablocks.megatron.checks import startup
 from tests.distributed.arguments import BASE, PP2
 
 ARGS = argparse.Namespace(lr=0.1)
@@ -66,7 +66,7 @@ def test_megatrons_own_exit(tmp_path):
 def test_a_rank_that_fails_alone_ends_the_others_and_speaks(tmp_path):
     (tmp_path / "empty.yaml").write_text("MODEL_ARGS: {}")
     agent = [sys.executable, "-m", "rmoe_megablocks.launcher.agent", "--nproc-per-node=2", "--standalone"]
-    worker = ["--local-addr=127.0.0.1", "-m", "tests.megatron.startup_entry", "1", "--config", "empty.yaml"]
+    worker = ["--local-addr=127.0.0.1", "-m", "tests.megatron.checks.startup_entry", "1", "--config", "empty.yaml"]
     run = ["--no-checkpoints", "--runs-dir", ".", "--run-name", "x"]
     done = subprocess.run(
         [*agent, *worker, *BASE, *PP2, *run],

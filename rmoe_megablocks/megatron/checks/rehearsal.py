@@ -20,11 +20,11 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import default_layer_spec
 
-from rmoe_megablocks.compat import megatron_globals
-from rmoe_megablocks.compat.megatron_errors import in_one_line
+from rmoe_megablocks.compat.megatron import globals as megatron_globals
+from rmoe_megablocks.compat.megatron.errors import in_one_line
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import batches
-from rmoe_megablocks.megatron.refusals import installed
+from rmoe_megablocks.megatron.checks.refusals import installed
+from rmoe_megablocks.megatron.inputs import batches
 
 _TOKENIZER_PACKAGES = {
     "HuggingFaceTokenizer": "transformers",

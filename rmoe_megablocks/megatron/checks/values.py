@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from rmoe_megablocks.compat import megatron_cpu
-from rmoe_megablocks.compat.megatron_errors import options
+from rmoe_megablocks.compat.megatron.errors import options
 from rmoe_megablocks.errors import UsageError
 
 # Below zero is either an error or, for these, a meaning of its own

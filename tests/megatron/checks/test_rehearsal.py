@@ -6,7 +6,8 @@ import io
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, rehearsal
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.checks import rehearsal
 from tests.distributed.arguments import BASE, PP2
 
 from megatron.core import num_microbatches_calculator, parallel_state  # isort: skip  after CPU mode

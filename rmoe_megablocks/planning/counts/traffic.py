@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmoe_megablocks.planning import memory, parameters
+from rmoe_megablocks.planning.counts import memory, parameters
 from rmoe_megablocks.planning.settings import Settings
 
 

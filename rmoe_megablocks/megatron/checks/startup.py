@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from rmoe_megablocks.compat.megatron_errors import explain, is_refusal, lost_contact, out_of_memory
+from rmoe_megablocks.compat.megatron.errors import explain, is_refusal, lost_contact, out_of_memory
 from rmoe_megablocks.errors import CommonError, UsageError
 
 

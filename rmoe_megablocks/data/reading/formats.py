@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from rmoe_megablocks.data import compression
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.reading import compression
 
 AUTO, TEXT, BYTES = "auto", "text", "bytes"
 INPUT_FORMATS = (AUTO, TEXT, BYTES)

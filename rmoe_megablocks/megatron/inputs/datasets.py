@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import blends
-from rmoe_megablocks.megatron.blends import SPLITS, Blend
+from rmoe_megablocks.megatron.inputs import blends
+from rmoe_megablocks.megatron.inputs.blends import SPLITS, Blend
 
 CHECKED = "RMOE_DATA_CHECKED"  # set by the launcher for the processes it starts
 

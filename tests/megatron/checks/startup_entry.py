@@ -1,4 +1,4 @@
-"""The worker with an assertion planted in Megatron, on one rank: ``-m tests.megatron.startup_entry RANK ARGUMENTS``."""
+"""The worker with an assertion planted in Megatron, on one rank: ``-m`` this module ``RANK ARGUMENTS``."""
 
 import os
 import sys

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import batch_schedule
+from rmoe_megablocks.megatron.inputs import batch_schedule
 
 
 def arguments(**changed) -> argparse.Namespace:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from rmoe_megablocks.data import formats
-from rmoe_megablocks.data.compression import open_text
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.reading import formats
+from rmoe_megablocks.data.reading.compression import open_text
 
 _CHUNK_BYTES = 1 << 18
 _WHITE_SPACE = " \t\r\n"

@@ -1,0 +1,1 @@
+"""Text out of files: which files, how compressed, in which format, which rows."""

@@ -1,0 +1,1 @@
+"""The arithmetic of a plan, one file a quantity, on :class:`..settings.Settings`."""
