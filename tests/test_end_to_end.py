@@ -85,10 +85,11 @@ def test_what_a_run_leaves(runs, straight):
     assert valid["iteration"] == 20 and valid["tokens"] == 8 * 64 and valid["trained_tokens"] == summary["tokens"]
     assert valid["bpc"] == pytest.approx(summary["valid_bpc"], rel=0.1) and not metrics(runs, "straight", "test")
     logged = [line["iteration"] for line in lines if "routing" in line]
-    assert logged == [5, 10, 15, 20]
+    assert logged == [1, 5, 10, 15, 20]
     routing = lines[-1]["routing"]
     assert all(len(values) == 2 for values in routing.values())  # a figure a layer, those of both stages
-    assert set(routing) == {"load_balancing_loss", "busiest_expert_share", "router_entropy", "state_norm"}
+    assert set(routing) == {"load_balancing_loss", "busiest_expert_share", "router_entropy", "logits_std", "state_norm"}
+    assert all(0 < spread < 1 for spread in routing["logits_std"])
     assert all(0.25 <= share <= 1 for share in routing["busiest_expert_share"])
     assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "20"
     assert list((folder / "tensorboard").iterdir()) and list((folder / "logs").iterdir())
@@ -98,8 +99,11 @@ def test_what_a_run_leaves(runs, straight):
 def test_what_the_terminal_shows(straight):
     assert straight.count("CPU mode: no GPU found") == 1
     line = next(line for line in straight.splitlines() if "iteration" in line and "20/20" in line)
-    for word in ("loss", "bpc", "tokens/s", "left", "balance", "busiest", "entropy", "|h|"):
+    for word in ("loss", "bpc", "tokens/s", "left", "balance", "busiest", "entropy", "logits", "|h|"):
         assert word in line
+    assert re.search(
+        r"^at the start \| logits' std 0\.\d+ 0\.\d+ \| entropy 1\.\d{3} of 1\.386$", straight, re.MULTILINE
+    )
     assert re.search(r"iteration +20/20 \| valid \| loss \d\.\d+ \| bpc \d\.\d+ \| 512 tokens", straight)
     assert re.search(r"test \d\.\d+ bpc, valid \d\.\d+ bpc \(a bigram model", straight)
     assert len(straight.splitlines()) < 25  # Megatron's own output is in the log folder

@@ -10,7 +10,7 @@ from megablocks.layers import mpu
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
+from rmoe_megablocks.routing import INIT_METHOD, RouterType, RoutingConfig, get_router_type
 
 # int(ceil(log2(0))) is what ParallelDroplessMLP computes below one block of its sparse matrix, used or not.
 _BLOCK = 128
@@ -28,11 +28,14 @@ class Arguments(megablocks.Arguments):
     Triton, and ``device``, which is the CPU where there is no GPU. The losses of a recurrent layer are computed in
     fp32, whatever ``moe_lbl_in_fp32`` and ``moe_zloss_in_fp32`` say.
 
+    ``linear`` is MegaBlocks' own router, drawn by ``init_method``.
+
     Args:
         moe_router_type: a name from :func:`rmoe_megablocks.routing.router_types`.
         moe_router_rnn_hidden_size: P, width of the routing state.
         moe_router_rnn_bias: whether projector and router have biases.
         moe_router_rnn_init: see ``rnn_init`` of :class:`rmoe_megablocks.routing.RoutingConfig`.
+        moe_router_init: see ``layer_init`` there; with ``linear`` the default alone.
         moe_router_dtype: ``"fp32"`` routes in fp32 in a model of another dtype; None in the dtype of the input.
     """
 
@@ -42,6 +45,7 @@ class Arguments(megablocks.Arguments):
     moe_router_rnn_hidden_size: int = 128
     moe_router_rnn_bias: bool = False
     moe_router_rnn_init: str = "standard"
+    moe_router_init: str = INIT_METHOD
     moe_router_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +76,7 @@ def routing_config(args: megablocks.Arguments) -> RoutingConfig:
         state_size=router_option(args, "moe_router_rnn_hidden_size"),
         bias=router_option(args, "moe_router_rnn_bias"),
         rnn_init=router_option(args, "moe_router_rnn_init"),
+        layer_init=router_option(args, "moe_router_init"),
         init_method=args.init_method,
     )
 
@@ -93,6 +98,11 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         raise UsageError(f"moe_top_k must be between 1 and moe_num_experts ({experts}), got {top_k}")
     if router_option(args, "moe_router_dtype") not in (None, "fp32"):
         raise UsageError(f"moe_router_dtype must be None or 'fp32', got {args.moe_router_dtype!r}")
+    if router_option(args, "moe_router_init") != INIT_METHOD and not router_type(args).recurrent:
+        raise UsageError(
+            f"moe_router_init={args.moe_router_init!r} does not work with moe_router_type='linear', MegaBlocks' own "
+            "router: leave it out, and for torch.nn.Linear's initialisation call layer.router.layer.reset_parameters()"
+        )
     if args.fp16 and args.bf16:
         raise UsageError("fp16 and bf16 are both True, and MegaBlocks would take fp16 (its default): set one to False")
     if args.num_layers < 1:

@@ -21,7 +21,7 @@ from rmoe_megablocks.megatron import balancing, parser
 from rmoe_megablocks.megatron.checks import values
 from rmoe_megablocks.megatron.checks.refusals import check_router_arguments, installed
 from rmoe_megablocks.megatron.experts import backend
-from rmoe_megablocks.routing import get_router_type, router_types
+from rmoe_megablocks.routing import LAYER_INITS, get_router_type, router_types
 from rmoe_megablocks.routing.config import RNN_INITS
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are a little longer
@@ -55,6 +55,15 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="standard",
         help="Initialisation of the recurrent cell, weights and biases alike: uniform in +-1/sqrt(P), which is "
         "torch's and the 0.91B run's, or the model's own (--init-method-std), which is the released code's.",
+    )
+    group.add_argument(
+        "--moe-router-init",
+        choices=LAYER_INITS,
+        default="init_method",
+        help="Initialisation of what each layer owns of its router, gru's projector and router matrix or the linear "
+        "router's matrix. init_method (the default): the model's own, as the paper's 0.91B run; gru's biases are 0. "
+        "fan_in: uniform in +-1/sqrt(inputs), biases too, which is torch.nn.Linear's and the paper's small models'. "
+        "With init_method a gru router's logits shrink with hidden size and P: at small sizes its gates start flat.",
     )
     group.add_argument(
         "--moe-router-upcycle",

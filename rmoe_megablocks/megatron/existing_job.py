@@ -21,7 +21,7 @@ from rmoe_megablocks.megatron.checks import refusals, startup
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
-from rmoe_megablocks.routing import get_router_type
+from rmoe_megablocks.routing import INIT_METHOD, get_router_type
 
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -101,7 +101,7 @@ def _check_parsed(args: argparse.Namespace) -> None:
         _check_router(args)
 
 
-_OURS = ("--moe-router-type", "--moe-router-rnn-", "--moe-backend", "--moe-aux-loss-reduction")
+_OURS = ("--moe-router-type", "--moe-router-rnn-", "--moe-router-init", "--moe-backend", "--moe-aux-loss-reduction")
 
 
 def _check_router(args: argparse.Namespace) -> None:
@@ -111,6 +111,7 @@ def _check_router(args: argparse.Namespace) -> None:
         if named or getattr(args, "moe_router_type", "linear") != "linear":
             raise UsageError(f"{[*named, '--moe-router-type'][0]} does not work with --yaml-cfg: use arguments")
         args.moe_router_type, args.moe_backend, args.moe_aux_loss_reduction = "linear", MEGATRON, balancing.SUM
+        args.moe_router_init = INIT_METHOD
         return
     args.explicit = options
     try:
@@ -137,6 +138,8 @@ def _asked_for(args: argparse.Namespace) -> str | None:
     """The first option that Megatron's own model would not follow."""
     if get_router_type(args.moe_router_type).recurrent:
         return f"--moe-router-type {args.moe_router_type}"
+    if args.moe_router_init != INIT_METHOD:
+        return f"--moe-router-init {args.moe_router_init}"
     if args.moe_backend != MEGATRON:
         return f"--moe-backend {args.moe_backend}"
     return f"--moe-aux-loss-reduction {args.moe_aux_loss_reduction}" if balancing.reduces(args) else None

@@ -72,7 +72,8 @@ _NEUTRAL = """
     --moe-router-pre-softmax
     --moe-router-num-groups --moe-router-group-topk --moe-router-topk-scaling-factor --moe-router-enable-expert-bias
     --moe-router-bias-update-rate --moe-router-force-load-balancing --moe-router-force-biased --moe-input-jitter-eps
-    --moe-per-layer-logging --moe-grouped-gemm --moe-router-rnn-init --moe-router-upcycle --calculate-per-token-loss
+    --moe-per-layer-logging --moe-grouped-gemm --moe-router-rnn-init --moe-router-init --moe-router-upcycle
+    --calculate-per-token-loss
     --train-iters --train-samples --exit-interval --exit-duration-in-mins --exit-signal --exit-signal-handler
     --exit-signal-handler-for-dataloader --exit-signal-handler-for-training --manual-gc --manual-gc-interval
     --disable-manual-gc-eval --dataloader-type --no-check-for-nan-in-loss-and-grad --check-for-large-grads

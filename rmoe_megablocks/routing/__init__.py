@@ -7,16 +7,21 @@ a state stays with the call it belongs to.
 
 from rmoe_megablocks.routing import gru as _gru  # noqa: F401  registers "gru"
 from rmoe_megablocks.routing.config import RoutingConfig
+from rmoe_megablocks.routing.initialisation import FAN_IN, INIT_METHOD, LAYER_INITS, fan_in_
 from rmoe_megablocks.routing.layer import LayerRouting
 from rmoe_megablocks.routing.registry import RouterType, get_router_type, register, router_types
 from rmoe_megablocks.routing.state import RoutingStateError, StateSlot
 
 __all__ = [
+    "FAN_IN",
+    "INIT_METHOD",
+    "LAYER_INITS",
     "LayerRouting",
     "RouterType",
     "RoutingConfig",
     "RoutingStateError",
     "StateSlot",
+    "fan_in_",
     "get_router_type",
     "register",
     "router_types",

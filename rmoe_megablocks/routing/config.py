@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from rmoe_megablocks.routing.initialisation import INIT_METHOD, LAYER_INITS
+
 Init = Callable[[torch.Tensor], object]
 
 
@@ -20,10 +22,12 @@ class RoutingConfig:
         bias: whether projector and router have biases. The paper's 0.91B model has none, its small ones do.
         rnn_init: ``"standard"`` draws the recurrent cell's weights and biases from U(-1/sqrt(P), 1/sqrt(P)), as
             the 0.91B model does; ``"init_method"`` draws both by ``init_method``, as the released model code does.
+        layer_init: ``"init_method"`` draws projector and router by ``init_method`` and zeroes their biases;
+            ``"fan_in"`` draws both from U(-1/sqrt(n), 1/sqrt(n)), n the inputs, as torch.nn.Linear does.
         init_method: fills a weight matrix, and with the above a bias, in place; default N(0, 0.02).
 
     Raises:
-        ValueError: a size that is no whole number of at least 1, or an unknown ``rnn_init``.
+        ValueError: a size that is no whole number of at least 1, or an unknown ``rnn_init`` or ``layer_init``.
     """
 
     hidden_size: int
@@ -31,6 +35,7 @@ class RoutingConfig:
     state_size: int = 128
     bias: bool = False
     rnn_init: str = "standard"
+    layer_init: str = INIT_METHOD
     init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
 
     def __post_init__(self) -> None:
@@ -40,8 +45,9 @@ class RoutingConfig:
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.rnn_init not in RNN_INITS:
-            raise ValueError(f"rnn_init must be one of {', '.join(RNN_INITS)}, got {self.rnn_init!r}")
+        for name, choices in (("rnn_init", RNN_INITS), ("layer_init", LAYER_INITS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
 RNN_INITS = ("standard", "init_method")

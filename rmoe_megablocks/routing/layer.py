@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing.config import RoutingConfig
+from rmoe_megablocks.routing.initialisation import FAN_IN, fan_in_
 
 
 class LayerRouting(nn.Module):
@@ -26,7 +27,11 @@ class LayerRouting(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the matrices by ``init_method`` of the :class:`RoutingConfig` and zeroes the biases."""
+        """Draws matrices and biases anew by ``layer_init`` of the :class:`RoutingConfig`."""
+        if self._config.layer_init == FAN_IN:
+            fan_in_(self.projector, self.projector_bias)
+            fan_in_(self.router, self.router_bias)
+            return
         self._config.init_method(self.projector)
         self._config.init_method(self.router)
         for bias in (self.projector_bias, self.router_bias):

@@ -89,6 +89,32 @@ def looked_into() -> list[Case]:
     ]
 
 
+_UNTRAINED = ("--train-iters", "1", "--lr", "0", "--min-lr", "0")
+DRAWN = {"gru": ("--moe-router-rnn-bias",), "linear": tuple(LINEAR)}
+DRAWN_IN = ("1 process", "TP2 SP", "EP2 alltoall", "PP2")
+
+
+def drawn_name(router: str, layout: str) -> str:
+    """The case of :func:`drawn`."""
+    return f"{router} drawn by fan_in in {layout}"
+
+
+def drawn() -> list[Case]:
+    """Runs that show which numbers each layout starts from, with --moe-router-init fan_in."""
+    return [
+        Case(
+            drawn_name(router, layout),
+            _spread(layout).processes,
+            "base",
+            (*_spread(layout).argv, *argv, "--moe-router-init", "fan_in", *_UNTRAINED),
+            collect=("weights",),
+            from_start=False,
+        )
+        for router, argv in DRAWN.items()
+        for layout in DRAWN_IN
+    ]
+
+
 HALF = 5
 _RESHARDABLE = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 _ASYNC = ("--async-save",)
@@ -150,5 +176,6 @@ def everything() -> list[Case]:
         *recomputed_noise(),
         *faulty(),
         *looked_into(),
+        *drawn(),
         *first_halves(),
     ]

@@ -197,5 +197,7 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
     "--moe-router-dtype fp64": ("base", ["--moe-router-dtype", "fp64"], ("PP2",)),
     "--moe-router-rnn-bias": ("biases", [], ("TP2 SP",)),
+    "--moe-router-init fan_in, biases": ("fan_in", [], ("PP2", "EP2 alltoall")),
 }
 SHAPES["biases"] = ["--moe-router-rnn-bias"]
+SHAPES["fan_in"] = ["--moe-router-init", "fan_in", "--moe-router-rnn-bias"]

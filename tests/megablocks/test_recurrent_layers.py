@@ -68,6 +68,7 @@ def forward(x, layers):
         (dMoE, {"mlp_type": "glu", "moe_router_rnn_bias": True}),
         (dMoE, {"bias": True, "moe_top_k": 1, "moe_normalize_expert_weights": None}),
         (dMoE, {"bias": True, "return_bias": False, "moe_router_rnn_init": "init_method"}),
+        (dMoE, {"moe_router_rnn_bias": True, "moe_router_init": "fan_in"}),
         (dMoE, {"memory_optimized_mlp": True, "mlp_type": "glu", "ffn_hidden_size": 20, "hidden_size": 10}),
         (MoE, DROPLESS),
     ],
@@ -213,6 +214,16 @@ def test_non_contiguous_input(view):
         assert torch.equal(ours, theirs)
 
 
+def test_fan_in_draws_by_the_inputs_and_its_cure_for_linear_does_too():
+    router = dMoE(arguments(moe_router_rnn_bias=True, moe_router_init="fan_in")).router.routing_layer
+    for weight, inputs in ((router.projector, HIDDEN), (router.router, STATE), (router.router_bias, STATE)):
+        assert 0.5 / inputs**0.5 < weight.abs().max() <= 1 / inputs**0.5
+    linear = dMoE(arguments(moe_router_type="linear")).router.layer
+    assert linear.weight.abs().max() > 1 / HIDDEN**0.5  # N(0, .4)
+    linear.reset_parameters()
+    assert 0.9 / HIDDEN**0.5 < linear.weight.abs().max() <= 1 / HIDDEN**0.5
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
@@ -226,6 +237,8 @@ def test_non_contiguous_input(view):
         ({"fp16": True, "bf16": True}, "fp16 and bf16 are both True, and MegaBlocks would take fp16"),
         ({"shared_expert": True, "bias": True}, "shared_expert does not work with a returned bias"),
         ({"moe_router_rnn_init": "zeros"}, "rnn_init must be one of"),
+        ({"moe_router_init": "zeros"}, "layer_init must be one of init_method, fan_in, got 'zeros'"),
+        ({"moe_router_init": "fan_in", "moe_router_type": "linear"}, "call layer.router.layer.reset_parameters"),
         ({"moe_router_dtype": "fp64"}, "moe_router_dtype must be"),
         ({"moe_expert_model_parallelism": True}, "init_process_group"),
     ],

@@ -8,7 +8,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checks import unproven
 from rmoe_megablocks.megatron.experts import backend
-from rmoe_megablocks.routing import get_router_type
+from rmoe_megablocks.routing import FAN_IN, get_router_type
 
 
 def installed(module: str) -> bool:
@@ -21,7 +21,9 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     _check_context_parallel(args)
     backend.check_backend(args)
     balancing.check_reduction(args)
-    options = sorted(option for option in args.explicit if option.startswith("--moe-router-rnn-"))
+    options = sorted(
+        option for option in args.explicit if option.startswith(("--moe-router-rnn-", "--moe-router-init"))
+    )
     recurrent = get_router_type(args.moe_router_type).recurrent
     if not args.num_experts:
         if recurrent or options:
@@ -29,6 +31,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{option}: the model has no experts to route to; set --num-experts")
         return
     if not recurrent:
+        _check_linear(args)
         return
     check_available(args)
     for refused, option, instead in (*_refusals(args), *unproven.refusals(args)):
@@ -41,6 +44,27 @@ def check_router_arguments(args: argparse.Namespace) -> None:
             f"--num-layers {args.num_layers} leaves stages of the {stages} (pipeline x virtual) without a layer; "
             "a routing state needs at least one layer a stage: lower --pipeline-model-parallel-size"
         )
+
+
+def _check_linear(args: argparse.Namespace) -> None:
+    """Refuses models whose linear routers come from somewhere else than where another initialisation is put in."""
+    if args.moe_router_init != FAN_IN:
+        return
+    for refused, option, instead in (
+        (args.spec is not None, "--spec", "its layers bring their own router"),
+        (args.yaml_cfg is not None, "--yaml-cfg", "use --config or arguments"),
+        (args.hybrid_layer_pattern, "--hybrid-layer-pattern", "use init_method"),
+        (args.hybrid_override_pattern, "--hybrid-override-pattern", "use init_method"),
+        (args.mtp_hybrid_override_pattern, "--mtp-hybrid-override-pattern", "use init_method"),
+        (args.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"),
+        (args.experimental_attention_variant, "--experimental-attention-variant", "leave it out"),
+        (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "leave it out"),
+        (args.heterogeneous_layers_config_encoded_json, "--heterogeneous-layers-config-encoded-json", "leave it out"),
+        (args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"),
+        (args.moe_use_upcycling, "--moe-use-upcycling", "use init_method"),
+    ):
+        if refused:
+            raise UsageError(f"--moe-router-init {FAN_IN} does not work with {option}: {instead}")
 
 
 def _check_context_parallel(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""How the routing is doing: measured on the iterations that are logged, for every router type alike."""
+"""How the routing is doing: measured in the first iteration and those that are logged, for every router type alike."""
 
 from collections.abc import Callable
 
@@ -37,15 +37,17 @@ class RoutingHealth:
 
     Attributes:
         measuring: asked at each routing; always by default.
+        num_experts: E.
     """
 
     def __init__(self, num_layers: int, num_mtp_layers: int, num_experts: int) -> None:
         self.measuring: Callable[[], bool] = lambda: True
         self._num_layers = num_layers
-        self._num_experts = num_experts
-        # columns: assignments to each expert, summed probability of each expert, entropy, |h|, tokens
+        self.num_experts = num_experts
+        # columns: assignments to each expert, summed probability of each expert, variance of the logits, entropy, |h|,
+        # tokens
         self._sums_LC = torch.zeros(
-            num_layers + num_mtp_layers, 2 * num_experts + 3, dtype=torch.float64, device="cuda"
+            num_layers + num_mtp_layers, 2 * num_experts + 4, dtype=torch.float64, device="cuda"
         )
 
     def watch(self, chunks: list[torch.nn.Module]) -> None:
@@ -58,14 +60,15 @@ class RoutingHealth:
 
     @torch.no_grad()
     def _add(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:
-        scores_TE = torch.log_softmax(logits.reshape(-1, self._num_experts).float(), dim=-1)
+        scores_TE = torch.log_softmax(logits.reshape(-1, self.num_experts).float(), dim=-1)
         probs_TE = scores_TE.exp()
         state_norm = router.state.float().norm(dim=-1).sum() if isinstance(router, RecurrentTopKRouter) else 0.0
-        experts = self._num_experts
+        experts = self.num_experts
         # multi-token prediction layers are numbered on their own
         row = self._sums_LC[router.layer_number - 1 + router.is_mtp_layer * self._num_layers]
         row[:experts] += routing_map_TE.sum(0)
         row[experts : 2 * experts] += probs_TE.sum(0)
+        row[-4] += scores_TE.var(dim=-1, correction=0).sum()  # that of the logits: they differ by a token's constant
         row[-3] -= (probs_TE * scores_TE).sum()
         row[-2] += state_norm
         row[-1] += len(probs_TE)
@@ -74,12 +77,14 @@ class RoutingHealth:
         """Means since the last report, one entry a MoE layer, the same on every rank (a collective call).
 
         ``load_balancing_loss``: E * sum_e f_e P_e, 1 when even. ``busiest_expert_share``: of all assignments,
-        1/E when even. ``router_entropy``: nats, log(E) when flat. ``state_norm``: mean |h|, absent without a state.
+        1/E when even. ``router_entropy``: nats, log(E) when flat. ``logits_std``: standard deviation of a token's E
+        logits around their mean (root of the tokens' mean variance), 0 when flat, where the entropy is about
+        log(E) - logits_std^2 / 2. ``state_norm``: mean |h|, absent without a state.
         """
         torch.distributed.all_reduce(self._sums_LC)
         sums_LC = self._sums_LC[self._sums_LC[:, -1] > 0].cpu()  # dense layers have no row
         self._sums_LC.zero_()
-        experts = self._num_experts
+        experts = self.num_experts
         tokens_L1 = sums_LC[:, -1:]
         load_LE = sums_LC[:, :experts] / sums_LC[:, :experts].sum(-1, keepdim=True)
         means_LC = sums_LC[:, experts:] / tokens_L1
@@ -87,6 +92,7 @@ class RoutingHealth:
             "load_balancing_loss": (experts * (load_LE * means_LC[:, :experts]).sum(-1)).tolist(),
             "busiest_expert_share": load_LE.amax(-1).tolist() if len(load_LE) else [],
             "router_entropy": means_LC[:, -3].tolist(),
+            "logits_std": means_LC[:, -4].sqrt().tolist(),
             "state_norm": means_LC[:, -2].tolist(),
         }
         if not any(health["state_norm"]):

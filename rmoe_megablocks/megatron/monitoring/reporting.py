@@ -46,7 +46,7 @@ class Reporter:
     Args:
         folder: the run's; metrics.jsonl there gets a line an iteration and one an evaluation.
         bytes_per_token: of each split, for bits per character; a split that is not there has none.
-        health: asked on every logged iteration, None without experts.
+        health: asked in the first iteration of a run and on every logged one, None without experts.
         exact: the splits whose exact evaluation follows: drawing batches from "test" is left out then.
 
     Attributes:
@@ -76,7 +76,7 @@ class Reporter:
         """Called when the model stands: the clock of the first iteration starts."""
         self._last = time.perf_counter()
         if self.health is not None:
-            self.health.measuring = _is_logged
+            self.health.measuring = _is_measured
 
     def on_iteration(self, loss_dict, learning_rate, iteration, skipped_iter, grad_norm) -> None:
         """An iteration is done. See :func:`rmoe_megablocks.compat.megatron.hooks.observe_training_log`."""
@@ -85,7 +85,7 @@ class Reporter:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         is_logged = iteration % args.log_interval == 0
-        health = self.health.report() if self.health is not None and is_logged else None
+        health = self.health.report() if self.health is not None and (is_logged or iteration == 1) else None
         if not self.writes:
             return
         if self._first_iteration is None:
@@ -103,6 +103,8 @@ class Reporter:
                 {f"routing/{name}/layer_{i}": v for name, values in health.items() for i, v in enumerate(values)},
                 iteration,
             )
+            if iteration == 1 and health["logits_std"]:
+                self.say(_fitting(_start_words(health, self.health.num_experts)))
         if is_logged or iteration == args.train_iters:
             self.say(_fitting(self._words(record, health, args)))
             self._since_line.clear()
@@ -149,8 +151,9 @@ class Reporter:
         words += [f"{tokens / seconds:,.0f} tokens/s", f"left {tqdm.format_interval(max(0, left))}"]
         if health and health["load_balancing_loss"]:
             words.append(f"balance {_mean(health['load_balancing_loss']):.3f}")
-            words.append("busiest " + " ".join(f"{share:.2f}" for share in health["busiest_expert_share"][:8]))
             words.append(f"entropy {_mean(health['router_entropy']):.2f}")
+            words.append(f"logits {_mean(health['logits_std']):.2g}")
+            words.append("busiest " + " ".join(f"{share:.2f}" for share in health["busiest_expert_share"][:8]))
             if "state_norm" in health:
                 words.append(f"|h| {_mean(health['state_norm']):.2f}")
         return words
@@ -205,14 +208,25 @@ class Reporter:
             self._bar.close()
 
 
-def _is_logged() -> bool:
-    """Whether the iteration that is being trained gets a line; curr_iteration counts those before it."""
+def _is_measured() -> bool:
+    """Whether the routing of the iteration that is being trained is told; curr_iteration counts those before it."""
     args = get_args()
-    return (args.curr_iteration + 1) % args.log_interval == 0
+    return args.curr_iteration == 0 or (args.curr_iteration + 1) % args.log_interval == 0
 
 
 def _progress(iteration: int, args) -> str:
     return f"iteration {iteration:>6}/{args.train_iters}"
+
+
+def _start_words(health: dict, num_experts: int) -> list[str]:
+    """Of the routing as it was drawn, in less than 80 columns: gates that start flat (logits near 0) part late."""
+    spreads = health["logits_std"]
+    if len(spreads) <= 4:
+        layers = " ".join(f"{spread:.2g}" for spread in spreads)
+    else:
+        layers = f"{min(spreads):.2g} to {max(spreads):.2g} in {len(spreads)} layers"
+    entropy = f"entropy {_mean(health['router_entropy']):.3f} of {math.log(num_experts):.3f}"
+    return ["at the start", f"logits' std {layers}", entropy]
 
 
 def _loss_words(record: dict) -> list[str]:

@@ -5,6 +5,7 @@ from functools import partial
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -17,17 +18,17 @@ from rmoe_megablocks.megatron.checkpoints import upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.recurrence import stage_boundary
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer, RecurrentTransformerLayer
-from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
+from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
 from rmoe_megablocks.megatron.recurrence.shared import SharedRecurrence
 from rmoe_megablocks.megatron.recurrence.stage_boundary import StateP2PCommunicator
-from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
+from rmoe_megablocks.routing import FAN_IN, RouterType, RoutingConfig, get_router_type
 
 
 def install_router(model_config: GPTModelConfig, args) -> None:
     """Makes ``model_config`` build a model with the router and the experts that the arguments name.
 
-    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model with Megatron's experts and
-    sum of load-balancing losses is left untouched.
+    Call it between ``gpt_config_from_args(args)`` and ``pretrain``. A ``linear`` model with Megatron's experts,
+    sum of load-balancing losses and initialisation is left untouched.
 
     Args:
         model_config: from ``gpt_config_from_args``; changed in place.
@@ -37,6 +38,8 @@ def install_router(model_config: GPTModelConfig, args) -> None:
     router_type = get_router_type(args.moe_router_type)
     if router_type.recurrent:
         _install_recurrence(model_config, args, router_type)
+    elif args.moe_router_init == FAN_IN:
+        _install_fan_in(model_config)
     if args.moe_backend == MEGABLOCKS:
         from rmoe_megablocks.megatron.experts.megablocks_layer import use_megablocks  # MegaBlocks need not be installed
 
@@ -54,7 +57,7 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
     if args.moe_router_upcycle:
         model_config.pre_wrap_hooks.append(partial(upcycling.keep_fresh_routing, args=args))
     megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
-    megatron_hooks.change_mtp_layers(_recurrent_mtp_layer_spec)
+    megatron_hooks.change_mtp_layers(_mtp_layer_spec)
 
 
 def routing_config(args, init_method) -> RoutingConfig:
@@ -65,8 +68,39 @@ def routing_config(args, init_method) -> RoutingConfig:
         state_size=args.moe_router_rnn_hidden_size,
         bias=args.moe_router_rnn_bias,
         rnn_init=args.moe_router_rnn_init,
+        layer_init=args.moe_router_init,
         init_method=init_method,
     )
+
+
+def _install_fan_in(model_config: GPTModelConfig) -> None:
+    model_config.transformer_layer_spec = fan_in_block_spec
+    model_config.pre_wrap_hooks.append(_check_fan_in)
+    model_config.transformer.moe_router_init = FAN_IN
+    megatron_hooks.change_mtp_layers(_mtp_layer_spec)
+
+
+def fan_in_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's own layer specs of this stage with a linear router that is drawn by its inputs' number."""
+    block = default_layer_spec(model_config, vp_stage)
+    return dataclasses.replace(block, layer_specs=[_fan_in_layer_spec(spec) for spec in block.layer_specs])
+
+
+def _fan_in_layer_spec(spec: ModuleSpec) -> ModuleSpec:
+    mlp = getattr(spec.submodules, "mlp", None)
+    if getattr(mlp, "func", None) is not MoELayer:
+        return spec
+    moe = dataclasses.replace(mlp.keywords["submodules"], router=FanInTopKRouter)
+    mlp = partial(MoELayer, **{**mlp.keywords, "submodules": moe})
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))
+
+
+def _check_fan_in(chunks: list[GPTModel]) -> list[GPTModel]:
+    """Layers of another making would keep Megatron's initialisation without a word."""
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, TopKRouter) and not isinstance(module, FanInTopKRouter):
+            raise UsageError(f"--moe-router-init {FAN_IN}: a {type(module).__name__} cannot be drawn so; leave it out")
+    return chunks
 
 
 def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -75,13 +109,15 @@ def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = No
     return dataclasses.replace(block, layer_specs=[_recurrent_layer_spec(spec) for spec in block.layer_specs])
 
 
-def _recurrent_mtp_layer_spec(model_config: GPTModelConfig, spec: ModuleSpec) -> ModuleSpec:
-    """A multi-token prediction layer's inner transformer layer, recurrent where the model is.
+def _mtp_layer_spec(model_config: GPTModelConfig, spec: ModuleSpec) -> ModuleSpec:
+    """A multi-token prediction layer's inner transformer layer, with the router that the model has.
 
-    Nobody hands it a state, so it starts from h_0 = 0: its input belongs to two tokens, of which the decoder's state
-    has followed one, and the layer is left out at inference, which must not depend on it.
+    Nobody hands a recurrent one a state, so it starts from h_0 = 0: its input belongs to two tokens, of which the
+    decoder's state has followed one, and the layer is left out at inference, which must not depend on it.
     """
-    return _recurrent_layer_spec(spec) if hasattr(model_config.transformer, "routing") else spec
+    if hasattr(model_config.transformer, "routing"):
+        return _recurrent_layer_spec(spec)
+    return _fan_in_layer_spec(spec) if hasattr(model_config.transformer, "moe_router_init") else spec
 
 
 def _recurrent_layer_spec(spec: ModuleSpec) -> ModuleSpec:

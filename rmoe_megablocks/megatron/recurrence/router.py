@@ -1,10 +1,22 @@
-"""Megatron's TopKRouter with its logits coming from the recurrence."""
+"""Megatron's TopKRouter with its logits coming from the recurrence, and one with its own matrix drawn otherwise."""
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from rmoe_megablocks.routing import LayerRouting, StateSlot
+from rmoe_megablocks.routing import LayerRouting, StateSlot, fan_in_
+
+
+class FanInTopKRouter(TopKRouter):
+    """The linear router with ``--moe-router-init fan_in``: only the numbers that it starts from are others."""
+
+    def reset_parameters(self) -> None:
+        """Called by Megatron's constructor, at the place in the order of draws where its own draws."""
+        if self.config.perform_initialization:
+            fan_in_(self.weight, self.bias)
+        for parameter in filter(lambda parameter: parameter is not None, (self.weight, self.bias)):
+            parameter.data = parameter.data.to(self.config.params_dtype)
+            parameter.sequence_parallel = self.config.sequence_parallel
 
 
 class RecurrentTopKRouter(TopKRouter):

@@ -17,6 +17,9 @@ CASES = [
     refused("--moe-router-rnn-hidden-size 12.5", "--moe-router-rnn-hidden-size.*12.5"),
     refused("--moe-router-rnn-init zeros", "--moe-router-rnn-init: invalid choice: 'zeros'"),
     refused("--moe-router-rnn-init init_method --init-method-xavier-uniform", "Xavier's bounds are a matrix's"),
+    refused("--moe-router-init zeros", "--moe-router-init: invalid choice: 'zeros'"),
+    refused("--moe-router-init fan_in --moe-router-type linear --spec a b", "fan_in does not work with --spec"),
+    refused("--moe-router-init fan_in --moe-router-type linear --num-experts=null", "no experts to route to"),
     refused("--moe-aux-loss-reduction max", "--moe-aux-loss-reduction: invalid choice: 'max'"),
     refused("--moe-aux-loss-reduction mean --moe-aux-loss-coeff 0", "mean: there is no load-balancing loss"),
     refused("--moe-aux-loss-reduction mean --moe-router-load-balancing-type none", "there is no load-balancing loss"),
@@ -24,5 +27,7 @@ CASES = [
     works("--moe-aux-loss-reduction mean"),
     works("--moe-aux-loss-reduction mean --moe-router-type linear"),
     works("--moe-router-rnn-init init_method"),
+    works("--moe-router-init fan_in --moe-router-rnn-bias"),
+    works("--moe-router-init fan_in --moe-router-type linear"),
     works("--moe-router-rnn-hidden-size 1"),
 ]
