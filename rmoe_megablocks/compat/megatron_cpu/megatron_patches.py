@@ -142,6 +142,18 @@ def _patch_attention() -> None:
     )
 
 
+def _patch_inference_layers() -> None:
+    from megatron.core.tensor_parallel import inference_layers
+
+    # Multi-token prediction of Megatron 0.20 asks whether a layer is of a class that is no class without Transformer
+    # Engine (inference_layers.py:564 of main): a TypeError.
+    if hasattr(inference_layers, _ASKS) and not isinstance(inference_layers.InferenceColumnParallelLinear, type):
+        _replace(inference_layers.__name__, _ASKS, lambda module: False)
+
+
+_ASKS = "is_inference_column_parallel_linear"
+
+
 def _ignore_warnings() -> None:
     # Both are expected here, and each process repeats them: no fused kernels (the optimizer is not even torch's, as the
     # first one says), and no memory to pin.
@@ -158,4 +170,5 @@ def install() -> None:
     _patch_compile_helpers()
     _patch_checkpoint_writer()
     _patch_norm_recompute()
+    _patch_inference_layers()
     _patch_attention()
