@@ -79,8 +79,10 @@ def build(run: Run, groups: ProcessGroupCollection, device: str = "meta") -> lis
     builder = GPTModelBuilder(model_config)
     virtual = run.args.virtual_pipeline_model_parallel_size
     on = torch.device(device)
-    # Megatron names the device in most places, which a default device does not change
-    with on, mock.patch.object(torch.cuda, "current_device", lambda: on):
+    # Megatron names the device in most places, which a default device does not change. With tied embeddings it sums
+    # their copies, and torch 2.9's process group that does nothing takes no tensor of "meta".
+    silent = mock.patch.object(torch.distributed, "all_reduce", lambda tensor, *_, **__: None)
+    with on, mock.patch.object(torch.cuda, "current_device", lambda: on), silent:
         chunks = [builder.build_model(groups, vp_stage=i if virtual else None) for i in range(virtual or 1)]
     for hook in model_config.pre_wrap_hooks:
         with on:
