@@ -176,7 +176,11 @@ def check_machine() -> Check:
 
 def check_disk(folder: Path) -> Check:
     """Room for checkpoints where runs write."""
-    free = shutil.disk_usage(folder).free / GIB
+    try:
+        folder = folder.resolve()
+        free = shutil.disk_usage(folder).free / GIB
+    except OSError as error:  # a working directory that was removed
+        return Check("disk", "fault", f"the working directory is gone ({error.strerror})", "change to another folder")
     if not os.access(folder, os.W_OK):
         return Check("disk", "fault", f"cannot write to {folder}", "choose another folder with --runs-dir")
     if free < 1:
