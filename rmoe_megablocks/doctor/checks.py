@@ -169,7 +169,7 @@ def check_machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB memory"
-    except (ValueError, OSError):
+    except (ValueError, OSError):  # a system without these names: the line goes without
         memory = ""
     return Check("machine", "ok", f"{platform.system()} {platform.machine()}, {cores} cores{memory}")
 
