@@ -253,11 +253,10 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
 
 
 def _stages(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
-    stages = args.pipeline_model_parallel_size
+    """Those of several stages :mod:`.rehearsal` counts."""
     for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
         held = getattr(args, name)
         yield (
-            held is not None and (held > args.num_layers if stages > 1 else held != args.num_layers),
-            f"{options()[name]} {held}: the {stages} pipeline stage{'s' * (stages > 1)} "
-            f"hold{'s' * (stages == 1)} --num-layers {args.num_layers}",
+            args.pipeline_model_parallel_size == 1 and held not in (None, args.num_layers),
+            f"{options()[name]} {held}: the one pipeline stage holds --num-layers {args.num_layers}",
         )

@@ -64,8 +64,8 @@ REFUSED = {
     "--profile": "--profile: there is no GPU for Nsight Systems; add --use-pytorch-profiler",
     "--profile --use-pytorch-profiler --profile-step-start 9 --profile-step-end 3": "--profile-step-start 9 must be",
     "--context-parallel-size 2 --cp-comm-type nonsense": "--cp-comm-type nonsense: choose from",
-    f"{ONE} --decoder-first-pipeline-num-layers 1": "--decoder-first-pipeline-num-layers 1: the 1 pipeline stage holds",
-    "--decoder-last-pipeline-num-layers 9": "--decoder-last-pipeline-num-layers 9: the 2 pipeline stages hold",
+    f"{ONE} --decoder-first-pipeline-num-layers 1": "--decoder-first-pipeline-num-layers 1: the one pipeline stage",
+    "--decoder-last-pipeline-num-layers 9": "--decoder-last-pipeline-num-layers",
     "--vocab-size 10": "training's vocabulary has only 10 .--vocab-size",
     "--per-split-data-args-path nowhere": "--per-split-data-args-path nowhere: cannot be read .No such file",
 }
