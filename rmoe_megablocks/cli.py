@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rmoe_megablocks import __version__, doctor
 from rmoe_megablocks.compat.megablocks import cli as install_cli
@@ -11,19 +12,27 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import cli as plan_cli
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its subparsers, which argparse makes of the same class, too: one line in the place of a usage text and one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``rmoe ARGV``; the exit code, 2 for bad input, which is told in one line."""
-    parser = argparse.ArgumentParser(prog="rmoe", description="Tools around recurrent-router MoE training.")
+    parser = _Parser(prog="rmoe", description="Tools around recurrent-router MoE training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_cli.add_arguments(commands)
     plan_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
-    args, args.megatron_arguments = parser.parse_known_args(argv)
-    if args.megatron_arguments and args.command != "plan":
-        parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
     try:
+        args, args.megatron_arguments = parser.parse_known_args(argv)
+        if args.megatron_arguments and args.command != "plan":
+            parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {"data": data_cli.run, "plan": plan_cli.run, "doctor": doctor.run, "install": install_cli.run}
         return run[args.command](args)
     except UsageError as error:

@@ -112,7 +112,7 @@ class Lock:
         if self._done.is_set() or os.getpid() != self._mine.pid:
             return
         self._done.set()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the next run finds it stale: its process is gone by then
             if _read(self._path) == self._mine:
                 self._path.unlink()
 

@@ -99,5 +99,5 @@ def _git_tag(folder: Path) -> str:
     command = ["git", "-C", str(folder), "describe", "--tags", "--always"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk: it is said in a message alone
         return ""

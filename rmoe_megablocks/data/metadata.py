@@ -11,6 +11,7 @@ from rmoe_megablocks.data import indexed
 from rmoe_megablocks.data.errors import DataError
 from rmoe_megablocks.data.reading.sources import Source
 from rmoe_megablocks.data.split import SPLITS
+from rmoe_megablocks.data.tokenizers import KINDS
 
 FORMAT_VERSION = 1
 FILE_NAME = "dataset.json"
@@ -90,6 +91,11 @@ class DatasetMetadata:
             ]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("a size is no whole number")
+            if metadata.tokenizer not in KINDS:  # of a later release, whose ids may mean anything
+                raise ValueError(f"tokenizer {metadata.tokenizer!r}, expected one of {', '.join(KINDS)}")
+            eod = metadata.eod_id
+            if eod is not None and not (type(eod) is int and 0 <= eod < metadata.vocab_size):
+                raise ValueError(f"eod_id {eod!r} is no id of the vocabulary")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: corrupt metadata ({type(error).__name__}: {error})") from None
         return metadata
@@ -171,5 +177,6 @@ def check_tokenizer(
             )
     if vocab_size is not None and vocab_size < metadata.vocab_size:
         raise DataError(
-            f"the dataset has token ids below {metadata.vocab_size}, but training's vocabulary has only {vocab_size}"
+            f"the dataset has token ids below {metadata.vocab_size}, but training's vocabulary has only {vocab_size} "
+            "(--vocab-size)"
         )

@@ -169,14 +169,18 @@ def check_machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB memory"
-    except (ValueError, OSError):
+    except (ValueError, OSError):  # a system without these names: the line goes without
         memory = ""
     return Check("machine", "ok", f"{platform.system()} {platform.machine()}, {cores} cores{memory}")
 
 
 def check_disk(folder: Path) -> Check:
     """Room for checkpoints where runs write."""
-    free = shutil.disk_usage(folder).free / GIB
+    try:
+        folder = folder.resolve()
+        free = shutil.disk_usage(folder).free / GIB
+    except OSError as error:  # a working directory that was removed
+        return Check("disk", "fault", f"the working directory is gone ({error.strerror})", "change to another folder")
     if not os.access(folder, os.W_OK):
         return Check("disk", "fault", f"cannot write to {folder}", "choose another folder with --runs-dir")
     if free < 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from rmoe_megablocks.compat import versions
@@ -44,11 +44,23 @@ def version(distribution: str) -> str | None:
 
 
 def there(module: str) -> bool:
-    """Whether a module can be found; it is not imported, but its parent package is."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # the parent package is imported, and may be anything
-        return False
+    """Whether a module can be found. Nothing is imported, its parent packages neither: a broken one would tell nothing.
+
+    importlib.util.find_spec imports them, and what they raise is not about ``module``.
+    """
+    names, places = module.split("."), None
+    for number in range(1, len(names) + 1):
+        spec = _find(".".join(names[:number]), places)
+        if spec is None:
+            return False
+        places = spec.submodule_search_locations or ()  # none: a module without submodules
+    return True
+
+
+def _find(name: str, places: Sequence[str] | None) -> ModuleSpec | None:
+    """The first finder's answer, as import would ask them: on ``places``, or for None on the path."""
+    finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for finder in finders if (spec := finder.find_spec(name, places)) is not None), None)
 
 
 def import_trouble(module: str) -> str:

@@ -71,7 +71,7 @@ def examine(loopback: bool = True, folder: Path | None = None) -> Report:
         look.check_triton(bool(gpus)),
         *look.check_megablocks(),
         look.check_machine(),
-        look.check_disk(folder or Path.cwd()),
+        look.check_disk(folder or Path()),
         look.check_shared_memory(Path("/dev/shm")),
     ]
     if loopback and not torch.trouble:

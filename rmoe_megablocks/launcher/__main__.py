@@ -111,7 +111,7 @@ def _check_port(own: argparse.Namespace) -> None:
                 raise UsageError(f"port {port} is in use on this machine: choose another with --master-port") from None
             if error.errno == errno.EACCES:
                 raise UsageError(f"port {port} needs privileges: choose one above 1023 with --master-port") from None
-            raise
+            raise UsageError(f"port {port}: {error.strerror}; choose another with --master-port") from None
 
 
 def _say_meeting(own: argparse.Namespace) -> None:

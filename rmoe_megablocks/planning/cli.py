@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -71,14 +72,16 @@ def run(args: argparse.Namespace) -> int:
 def _world_size(args: argparse.Namespace, config: Config, settings: Settings) -> int:
     if args.world_size is not None and (args.nproc_per_node is not None or args.nnodes is not None):
         raise UsageError("--world-size is --nproc-per-node times --nnodes: give one or the other")
+    for name in ("world_size", "nproc_per_node", "nnodes"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {number}: expected at least 1")
     if args.nproc_per_node is not None or args.nnodes is not None:
         size = (args.nproc_per_node or 8) * (args.nnodes or 1)
     else:
         size = args.world_size
     if size is None:
-        size = int(_positive("RMOE_WORLD_SIZE", config) or settings.replica)
-    if size < 1:
-        raise UsageError(f"{size} ranks: expected at least 1")
+        size = _positive("RMOE_WORLD_SIZE", config, int) or settings.replica
     if size < settings.replica:
         raise UsageError(f"{size} ranks for a layout of {settings.replica}: give --world-size a multiple of it")
     return size
@@ -86,20 +89,20 @@ def _world_size(args: argparse.Namespace, config: Config, settings: Settings) ->
 
 def _gpu_memory(args: argparse.Namespace, config: Config) -> float:
     size = args.gpu_memory if args.gpu_memory is not None else _positive("RMOE_GPU_MEMORY", config) or 80.0
-    if size <= 0:
+    if not 0 < size < math.inf:  # nor nan
         raise UsageError(f"--gpu-memory {size:g}: expected GiB above 0")
     return size
 
 
-def _positive(name: str, config: Config) -> float | None:
+def _positive(name: str, config: Config, kind: type = float) -> float | None:
     """A variable of the user's environment, else of the configuration's ENV_VARS."""
     text = os.environ.get(name) or config.env.get(name)
     if text is None:
         return None
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = 0.0
-    if value <= 0:
-        raise UsageError(f"{name}={text}: expected a number above 0")
+        value = 0
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name}={text}: expected a {'whole ' * (kind is int)}number above 0")
     return value

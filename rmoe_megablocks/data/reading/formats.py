@@ -174,7 +174,7 @@ def _check_name(path: Path, json_key: str | None, input_format: str) -> None:
 def _is_json_value(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict | list | str)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # text; what nests so deep is no row that could be read either
         return False
 
 
@@ -182,7 +182,7 @@ def _keys(content: bytes) -> list[str]:
     """The keys of the first object, as far as it is one line."""
     try:
         value = json.loads(content.lstrip().splitlines()[0])
-    except (ValueError, RecursionError, IndexError):
+    except (ValueError, RecursionError, IndexError):  # cut off, or on several lines: the message goes without
         return []
     return list(value) if isinstance(value, dict) else []
 

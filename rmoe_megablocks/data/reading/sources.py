@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Inputs:
         seen: dict[tuple[int, int], Path] = {}
         for path in self.paths:
             check_file(path)
-            status = os.stat(path)
+            with _readable(path):
+                status = os.stat(path)
             other = seen.setdefault((status.st_dev, status.st_ino), path)
             if other is not path:
                 raise DataError(f"{path}: is named twice (as {other}), so that its text would be, too")
@@ -92,9 +94,18 @@ class Inputs:
             advance(len(piece))
         if size == 0:
             raise DataError(f"{path}: has no text")
-        with open(path, "rb") as stream:
+        with _readable(path), open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return Source(path.name, path.stat().st_size, digest, size)
+            return Source(path.name, os.fstat(stream.fileno()).st_size, digest, size)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Names the file that could be read a moment ago, and is gone now."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more ({error.strerror})") from error
 
 
 def read_chunks(path: Path, drop_mark: bool = True) -> Iterator[bytes]:

@@ -5,12 +5,14 @@ Without these checks they become divisions by zero, assertions without a word or
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron.errors import options
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.checks import attention, companions, optimizer, routing
 
 # Below zero is either an error or, for these, a meaning of its own
 _MAY_BE_NEGATIVE = {
@@ -35,13 +37,17 @@ _AT_LEAST_ONE = {
     "ddp_num_buckets": "leave it out to let Megatron choose",
     "dist_ckpt_workers": "",
     "distributed_timeout_minutes": "",
+    "distributed_timeout_seconds_after_init": "leave it out to keep --distributed-timeout-minutes",
     "eval_global_batch_size": "",
     "eval_interval": "to leave evaluation out use --eval-iters 0",
     "eval_micro_batch_size": "",
+    "exit_duration_in_mins": "leave it out to train to the end",
+    "exit_interval": "leave it out to train to the end",
     "expert_model_parallel_size": "",
     "expert_tensor_parallel_size": "",
     "ffn_hidden_size": "",
     "global_batch_size": "",
+    "hysteresis": "",
     "hidden_size": "",
     "kv_channels": "",
     "log_interval": "for few lines use a large one",
@@ -80,7 +86,18 @@ _AT_LEAST_ONE = {
 }
 for _kind in ("activations", "dgrads", "params", "tokens_per_expert", "wgrads"):
     _AT_LEAST_ONE[f"save_{_kind}_interval"] = "leave it out to save none"
-_POSITIVE = ("moe_input_jitter_eps", "rotary_seq_len_interpolation_factor")
+# Zero is either "off" or, for these, weights that are all 0, divisions by 0, or taken for no value at all
+_POSITIVE = {
+    "adam_eps": "an expert without a token would be updated by 0 / 0",
+    "initial_loss_scale": "",
+    "init_method_std": "a model of zeros cannot train",
+    "loss_scale": "leave it out for a dynamic one",
+    "loss_scale_window": "",
+    "moe_input_jitter_eps": "leave it out",
+    "moe_router_topk_scaling_factor": "leave it out for no scaling",
+    "rope_scaling_factor": "leave --use-rope-scaling out for no scaling",
+    "rotary_seq_len_interpolation_factor": "leave it out",
+}
 # Far beyond any machine: Megatron would fill its memory, or count to it, without a sign of life
 _AT_MOST = {
     "num_layers": 10_000,
@@ -117,7 +134,7 @@ def _check(args: argparse.Namespace, name: str, value: float) -> None:
     if value < 0 and name not in _MAY_BE_NEGATIVE and name in options():
         raise _error(name, value, "must not be negative")
     if name in _POSITIVE and value == 0:
-        raise _error(name, value, "must be above zero", "leave it out")
+        raise _error(name, value, "must be above zero", _POSITIVE[name])
     if name in _AT_MOST and value > _AT_MOST[name]:
         raise _error(name, value, f"must be at most {_AT_MOST[name]}")
     if name == "seq_length" and value < 2:  # Megatron's samples never end with one
@@ -144,7 +161,9 @@ def check_together(args: argparse.Namespace) -> None:
     for name, meaning in _REQUIRED.items():
         if getattr(args, name) is None:
             raise UsageError(f"no {options()[name]}: name {meaning}")
-    for refused, text in _contradictions(args):
+    companions.check(args)
+    found = (_contradictions, *(part.contradictions for part in (optimizer, attention, routing)))
+    for refused, text in itertools.chain.from_iterable(contradictions(args) for contradictions in found):
         if refused:
             raise UsageError(text)
 
@@ -180,15 +199,31 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     saved = [f"--save-{kind}-interval" for kind in ("activations", "dgrads", "params", "tokens-per-expert", "wgrads")]
     saved = [option for option in saved if getattr(args, option.removeprefix("--").replace("-", "_"))]
     yield saved and args.save is None, f"{' and '.join(saved)} without checkpoints: set --save, where it would go"
-    width = int((args.kv_channels or args.hidden_size // args.num_attention_heads) * args.rotary_percent)
     yield (
-        args.position_embedding_type == "rope" and width % 2,
-        f"--position-embedding-type rope turns pairs of channels, and --kv-channels x --rotary-percent are {width}",
+        args.moe_enable_routing_replay,
+        "--moe-enable-routing-replay: nothing in this entry records routing or replays it; leave it out",
     )
     if megatron_cpu.active():
         yield args.gpu_sniff_test_interval is not None, "--gpu-sniff-test-interval: there is no GPU"
         yield args.record_memory_history, "--record-memory-history: there is no GPU"
         yield args.use_sharp, "--use-sharp: there is no GPU, and so no NCCL"
+        yield args.log_energy, "--log-energy: there is no GPU, whose energy it measures"
+        yield args.optimizer_cpu_offload, "--optimizer-cpu-offload: there is no GPU"
+        yield (
+            args.profile and not args.use_pytorch_profiler,
+            "--profile: there is no GPU for Nsight Systems; add --use-pytorch-profiler",
+        )
+    yield (
+        args.profile and args.profile_step_start >= args.profile_step_end,
+        f"--profile-step-start {args.profile_step_start} must be below --profile-step-end {args.profile_step_end}",
+    )
+    yield (
+        args.rerun_mode == "report_stats",
+        "--rerun-mode report_stats: Megatron-Core 0.19 does not know its own name for it; use validate_results",
+    )
+    kinds = set(args.cp_comm_type) - {"p2p", "all_gather", "a2a", "a2a+p2p"}
+    yield kinds, f"--cp-comm-type {' '.join(args.cp_comm_type)}: choose from p2p, all_gather, a2a, a2a+p2p"
+    yield from _stages(args)
     yield args.sharp_enabled_group and not args.use_sharp, "--sharp-enabled-group needs --use-sharp"
     yield args.lazy_mpu_init, "--lazy-mpu-init: this entry sets up the process groups at once; leave it out"
     yield (
@@ -212,10 +247,16 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
             f"--moe-layer-freq names {len(pattern)} layers, --num-layers {args.num_layers}: they must be as many",
         )
     yield (
-        args.group_query_attention and args.num_query_groups and args.num_attention_heads % args.num_query_groups,
-        f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads {args.num_attention_heads}",
-    )
-    yield (
         args.phase_transition_iterations and not args.train_samples,
         "--phase-transition-iterations needs --train-samples in the place of --train-iters",
     )
+
+
+def _stages(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
+    """Those of several stages :mod:`.rehearsal` counts."""
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        held = getattr(args, name)
+        yield (
+            args.pipeline_model_parallel_size == 1 and held not in (None, args.num_layers),
+            f"{options()[name]} {held}: the one pipeline stage holds --num-layers {args.num_layers}",
+        )

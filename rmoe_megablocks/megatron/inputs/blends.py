@@ -100,8 +100,9 @@ def _one_for_all(args: argparse.Namespace, name: str) -> dict[str, Blend]:
 def _read_per_split_file(args: argparse.Namespace) -> dict[str, Blend]:
     path = args.per_split_data_args_path
     where = f"--per-split-data-args-path {path}"
+    text = _read("per_split_data_args_path", path)
     try:
-        lists = json.loads(_read("per_split_data_args_path", path))
+        lists = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{where}: not JSON ({' '.join(str(error).split())})") from None
     if not isinstance(lists, dict) or set(lists) != set(SPLITS):

@@ -14,7 +14,7 @@ from megatron.core import num_microbatches_calculator, parallel_state  # isort: 
 from megatron.training import global_vars  # isort: skip
 
 SAID = {
-    "--lr-warmup-init 1": "Megatron requires --lr-warmup-init <= --lr, but was given --lr-warmup-init 1.0, --lr 0.001",
+    "--lr-warmup-init 1 --lr-warmup-iters 1": "--lr-warmup-init <= --lr, but was given --lr-warmup-init 1.0, --lr 0.0",
     "--weight-decay-incr-style linear --start-weight-decay 1 --end-weight-decay 0.1": "--end-weight-decay >= --start",
     "--wandb-project x": "--wandb-project x: the package wandb is not installed",
     "--hierarchical-context-parallel-sizes 1": "--hierarchical-context-parallel-sizes: the package einops is not",

@@ -108,7 +108,6 @@ def test_scattered_gradients_have_the_norms_of_one_process(tmp_path, gradient_of
         ("--no-check-for-nan-in-loss-and-grad", (), "validate_results"),
         ("--rerun-mode disabled", ("loss", "gradient"), "disabled"),
         ("--rerun-mode validate_results", (), "validate_results"),
-        ("--rerun-mode report_stats", (), "report_stats"),
         ("--check-for-large-grads", (), "validate_results"),
     ],
 )
