@@ -21,6 +21,11 @@ from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
 
+_SAYS_WHERE_TO_START = (
+    *("load", "ckpt_step", "pretrained_checkpoint", "exit_on_missing_checkpoint"),
+    *("finetune", "no_load_optim", "no_load_rng", "moe_router_upcycle"),
+)
+
 
 @dataclasses.dataclass
 class Run:
@@ -34,6 +39,7 @@ class Run:
         notes: lines to tell the user.
         argv: the arguments as Megatron parses them.
         config: the same as MODEL_ARGS, which start the same run.
+        asked: where to start from, as ``args`` said before it was decided.
     """
 
     args: argparse.Namespace
@@ -43,6 +49,22 @@ class Run:
     notes: list[str]
     argv: list[str]
     config: dict[str, object]
+    asked: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def restart(self) -> str:
+        """What the same command would start from now, in words."""
+        args = argparse.Namespace(**(vars(self.args) | self.asked))
+        try:
+            upcycling.choose(args)
+            _choose_checkpoint(args)
+        except UsageError as error:
+            return f"the same command will say: {error}"
+        folder = args.load or args.pretrained_checkpoint
+        if folder is None:
+            return "there is no complete checkpoint: the same command starts from the beginning"
+        iteration = f"iteration {args.ckpt_step or 0} in {folder}"
+        afresh = args.finetune or args.load is None
+        return f"the same command {'starts afresh from the weights of' if afresh else 'continues from'} {iteration}"
 
     def check_unlocked(self) -> None:
         """Raises :class:`rmoe_megablocks.run_lock.Held` if another run writes where this one would."""
@@ -89,6 +111,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder, make=scratch is None)
+    asked = {name: getattr(args, name) for name in _SAYS_WHERE_TO_START}
     notes += batch_schedule.choose(args)
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
@@ -101,7 +124,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     checkpoint_notes = [] if args.moe_router_upcycle else [*checkpoint_note, *schedule.choose(args)]
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args) + checkpoint_notes + chosen.notes
-    run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config)
+    run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config, asked)
     del args.explicit, args.argv, args.as_config  # Megatron saves its arguments with every checkpoint
     return run
 
