@@ -97,7 +97,7 @@ def find(error: BaseException) -> OSError | None:
     for one in chain(error):
         if isinstance(one, OSError) and one.errno in _FULL | _BROKEN:
             return one
-        if isinstance(one, OSError) and _OF_NUMPY.search(str(one)):
+        if isinstance(one, OSError) and _OF_NUMPY.search(" ".join(map(str, one.args))):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), one.filename)
         for said in map(str, getattr(one, "failures", {}).values()):  # what other ranks have sent is text
             for number, path in _TOLD.findall(said):
