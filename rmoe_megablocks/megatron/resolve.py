@@ -12,7 +12,7 @@ import torch
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
-from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, schedule, upcycling
+from rmoe_megablocks.megatron.checkpoints import compatibility, model, options, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checks import refusals, rehearsal
 from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
@@ -108,6 +108,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     refusals.check_router_arguments(args)
     if args.num_experts:
         refusals.check_available(args)
+    options.check(args)
     arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder, make=scratch is None)
@@ -120,6 +121,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     arguments.validate(args)
     rehearsal.rehearse(args)
     notes += model.check(args)
+    compatibility.check_nothing_left_out(args)
     resharding.check_optimizer_layout(args)
     checkpoint_notes = [] if args.moe_router_upcycle else [*checkpoint_note, *schedule.choose(args)]
     nonfinite.choose(args)
@@ -179,6 +181,8 @@ def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
         notes = [choice.note] if choice and choice.note else []
         args.load = None  # an empty tracker would end Megatron
         if args.pretrained_checkpoint is None:
+            if args.finetune:
+                raise UsageError("--finetune: there is no checkpoint to take the weights from: name one with --load")
             return notes
         choice = checkpoint_files.choose(args.pretrained_checkpoint, "--pretrained-checkpoint", args.ckpt_step)
         if choice.iteration is None:

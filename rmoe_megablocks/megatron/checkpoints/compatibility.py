@@ -82,6 +82,22 @@ def check_router_matches(args: argparse.Namespace) -> None:
         _check_saved_router(args, start.option, start.folder)
 
 
+def check_nothing_left_out(args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint without optimizer or random numbers, unless told to do without.
+
+    Megatron stops at a KeyError for the one, and goes on with fresh random numbers without a word for the other.
+    """
+    if args.load is None or args.finetune or args.skip_train:
+        return
+    saved = saved_arguments(args.load, args.ckpt_step)
+    for kind, without in (("optim", "a fresh optimizer"), ("rng", "fresh random numbers")):
+        if getattr(saved, f"no_save_{kind}", None) and not getattr(args, f"no_load_{kind}"):
+            raise UsageError(
+                f"--load {args.load}: the checkpoint was saved with --no-save-{kind}: add --no-load-{kind} to go on "
+                f"with {without}"
+            )
+
+
 def _has_checkpoint(folder: str | None, step: int | None) -> bool:
     if folder is not None and step and Path(folder, f"iter_{step:07d}").is_dir():
         return True
