@@ -108,6 +108,16 @@ def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> N
     saved = saved_arguments(folder, args.ckpt_step)
     if saved is None:
         return
+    if args.ckpt_format == "torch":
+        raise UsageError(
+            f"{option} {folder} has a checkpoint of format torch_dist, which --ckpt-format torch cannot load: leave it "
+            "out (the other way round works), or convert the checkpoint with --ckpt-convert-format"
+        )
+    if args.load_main_params_from_ckpt:  # state_dict["model"] (checkpointing.py:2614) holds the model's own parameters
+        raise UsageError(
+            f"--load-main-params-from-ckpt: {option} {folder} is a torch_dist checkpoint, which Megatron loads into "
+            "the model's precision first: the main parameters would be rounded all the same; leave it out"
+        )
     saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package
     if saved_type == "linear" and args.moe_router_upcycle:
         return

@@ -30,6 +30,9 @@ _REFUSED = {
     "there",
     "--override-ckpt-iteration": "the run's files and checkpoints go by the true iteration; go back with --ckpt-step, "
     "or start at 0 with --finetune",
+    "--auto-detect-ckpt-format": "--ckpt-format torch_dist, the default, loads both formats without it, and torch "
+    "cannot load torch_dist with it either",
+    "--ckpt-convert-update-legacy-dist-opt-format": "it is about --ckpt-format torch with --use-distributed-optimizer",
 }
 # what an option is about -> the options that do nothing without it
 _ABOUT = {
@@ -47,7 +50,6 @@ _ABOUT = {
     "--dist-ckpt-optim-fully-reshardable": ("--distrib-optim-fully-reshardable-mem-efficient",),
     "--async-save with --ckpt-assume-constant-structure": ("--dist-ckpt-workers",),
     "--fp16 or --bf16": ("--load-main-params-from-ckpt",),
-    "--ckpt-format torch with --use-distributed-optimizer": ("--ckpt-convert-update-legacy-dist-opt-format",),
 }
 _OF_TORCH_DIST = (
     *("--verify-integrity", "--async-save", "--ckpt-assume-constant-structure", "--ckpt-fully-parallel-load"),
@@ -81,8 +83,6 @@ def _is_given(args: argparse.Namespace, needed: str) -> Any:
         "--dist-ckpt-optim-fully-reshardable": args.dist_ckpt_optim_fully_reshardable,
         "--async-save with --ckpt-assume-constant-structure": args.async_save and args.ckpt_assume_constant_structure,
         "--fp16 or --bf16": args.fp16 or args.bf16,
-        "--ckpt-format torch with --use-distributed-optimizer": args.ckpt_format == "torch"
-        and args.use_distributed_optimizer,
     }[needed]
 
 
@@ -102,8 +102,14 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
         f"--ckpt-format {args.ckpt_format} is for FSDP, which this entry does not train with: use torch_dist",
     )
     yield (
-        args.auto_detect_ckpt_format and args.ckpt_format == "torch_dist",
-        "--auto-detect-ckpt-format does nothing with --ckpt-format torch_dist, which loads both formats: leave it out",
+        args.ckpt_format == "torch" and args.use_distributed_optimizer,
+        "--ckpt-format torch with --use-distributed-optimizer: Megatron-Core 0.19 cannot load the optimizer's state "
+        "again; use --ckpt-format torch_dist",
+    )
+    yield (
+        args.dist_ckpt_strictness.startswith("return_"),
+        f"--dist-ckpt-strictness {args.dist_ckpt_strictness}: Megatron-Core 0.19 does not take what it returns, and "
+        "cannot load; use log_all or raise_all",
     )
     for option in _OF_TORCH_DIST if args.ckpt_format == "torch" else ():
         yield (
