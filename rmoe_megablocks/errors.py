@@ -12,6 +12,10 @@ class CommonError(UsageError):
     """Bad input that every rank of a run finds at the same place: rank 0 speaks for all."""
 
 
+class LoneError(UsageError):
+    """What one rank alone has found, or was chosen to tell: it speaks without waiting for rank 0."""
+
+
 class UnknownArgument(UsageError):
     """An argument that nobody has: ``words`` as typed, its ``name``, and the ``known`` names to suggest one of."""
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from typing import TextIO
 
-from rmoe_megablocks.errors import CommonError
+from rmoe_megablocks.errors import CommonError, LoneError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,6 +36,22 @@ def serve_parent(parent: int) -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL, parent)
+
+
+def kill_helpers_at_exit() -> None:
+    """For a rank: its helpers, which ignore SIGTERM, get SIGKILL when it ends, however it ends.
+
+    multiprocessing would send them SIGTERM and wait for their end (multiprocessing/util.py, _exit_function).
+    """
+    multiprocessing.util.Finalize(None, _kill_helpers, exitpriority=100)
+
+
+def _kill_helpers() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed loader's worker an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def quiet_warnings(speaks: bool) -> None:
@@ -80,7 +98,7 @@ def report(message: object) -> None:
 def report_from_rank(message: object) -> None:
     """One line of an error that every rank tends to find, from a process that torchrun started and that now ends."""
     rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    if rank == 0 or isinstance(message, LoneError):
         report(message)
         return
     # Rank 0's exit ends this process during the wait; a rank with an error of its own survives it and speaks.

@@ -107,8 +107,32 @@ TOUCHED: tuple[Touched, ...] = (
         "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
         "end checkpoint writers with their rank",
     ),
+    Touched(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
+        "tell what kept a checkpoint from being written",
+        ("transform_list", "write_bucket", "results_queue"),
+    ),
+    Touched(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:"
+        "FileSystemWriterAsync.write_preloaded_data_multithread",
+        "tell what kept a checkpoint from being written",
+        ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"),
+    ),
+    Touched(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller._get_process",
+        "end checkpoint writers with their rank",
+    ),
+    Touched(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
+        "end checkpoint writers with their rank",
+    ),
     Touched("megatron.core.datasets.gpt_dataset:numpy", "write the datasets' indices whole"),
     Touched("megatron.core.datasets.blended_dataset:numpy", "write the datasets' indices whole"),
+    # megatron/loaders.py
+    Touched(
+        "megatron.training.datasets.data_samplers:DistributedSignalHandler",
+        "end the data loaders' workers with their rank",
+    ),
     # megatron_cpu/
     Touched("megatron.core.optimizer:Adam", _ADAM),
     Touched("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", _ADAM),

@@ -196,6 +196,9 @@ def fill_defaults(args: argparse.Namespace) -> list[str]:
             )
         args.async_strategy = "mcore"
         told.append("nvidia-resiliency-ext is not installed: --async-strategy mcore")
+    if args.async_save and not args.use_persistent_ckpt_worker:  # or Megatron would save synchronously, not saying so
+        args.use_persistent_ckpt_worker = True
+        told.append("--async-save saves in a process of its own: --use-persistent-ckpt-worker")
     if "--no-exit-signal-handler" not in args.explicit:
         args.exit_signal_handler = True  # Ctrl-C and SIGTERM save a checkpoint
     return told

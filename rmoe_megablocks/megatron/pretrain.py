@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -16,7 +17,7 @@ from megatron.training.global_vars import set_global_variables
 from rmoe_megablocks import yaml12
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
-from rmoe_megablocks.megatron.checkpoints import compatibility, safety
+from rmoe_megablocks.megatron.checkpoints import compatibility, safety, storage
 from rmoe_megablocks.megatron.checks import startup
 from rmoe_megablocks.megatron.inputs import batches
 from rmoe_megablocks.megatron.monitoring import nonfinite, summary
@@ -40,10 +41,15 @@ def main(argv: Sequence[str]) -> int:
     """
     with contextlib.redirect_stdout(open(os.devnull, "w")):
         check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "torchrun --nproc-per-node")
-        run = resolve(argv)
-    locks = run.lock() if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+        with storage.in_one_line(argparse.Namespace(save=None), Path.cwd(), lambda: "nothing was started"):
+            run = resolve(argv)
     # ft_integration parses the program's arguments again, which may be those of --config and what it takes back
-    with locks, megatron_output_to(run.folder / "logs"), program_arguments(run.argv):
+    with (
+        storage.in_one_line(run.args, run.folder, run.restart),
+        run.lock() if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext(),
+        megatron_output_to(run.folder / "logs"),
+        program_arguments(run.argv),
+    ):
         return _train(run)
 
 
@@ -93,13 +99,19 @@ def _train(run: Run) -> int:
         reporter.start()
 
     log = log_file(run.folder / "logs")
-    with startup.in_one_line(lambda: args, lambda: bool(reporters) and reporters[0].iteration > 0, log):
+    with (
+        startup.in_one_line(lambda: args, lambda: bool(reporters) and reporters[0].iteration > 0, log),
+        storage.in_one_line(args, run.folder, run.restart),  # first: before the other calls it a wrong argument
+    ):
         try:
             run_megatron(args, on_model)
         except SystemExit as exit:  # Megatron's way to end early: a signal, --exit-interval, --exit-duration-in-mins
             if not reporters:
                 raise startup.ended_early(exit, log) from exit
             reporters[0].close()
+            if args.ckpt_convert_format:
+                reporters[0].say(f"iteration {args.iteration} is saved as {args.ckpt_convert_format} in {args.save}")
+                return exit.code or 0
             reporters[0].say(f"stopped after iteration {reporters[0].iteration}: {_resume_from(args)}")
             return exit.code or 0
         except nonfinite.NonFiniteError as error:
@@ -146,5 +158,10 @@ def _announce(reporter: Reporter, run: Run) -> None:
         f"{args.run_name}: {args.moe_router_type} router{experts}, {summary.layout(args)}; files in {run.folder}"
     )
     if torch.distributed.get_rank() == 0:
-        (run.folder / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": run.config}))
-        (run.folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=2, sort_keys=True))
+        _leave(run.folder / "config.yaml", yaml12.write({"MODEL_ARGS": run.config}))
+        _leave(run.folder / "arguments.json", json.dumps(vars(args), default=str, indent=2, sort_keys=True))
+
+
+def _leave(path: Path, text: str) -> None:
+    with storage.naming(path):
+        path.write_text(text)

@@ -12,7 +12,7 @@ import torch
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
-from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, schedule, upcycling
+from rmoe_megablocks.megatron.checkpoints import compatibility, model, options, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checks import refusals, rehearsal
 from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
@@ -20,6 +20,11 @@ from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
 from rmoe_megablocks.routing import get_router_type
+
+_SAYS_WHERE_TO_START = (
+    *("load", "ckpt_step", "pretrained_checkpoint", "exit_on_missing_checkpoint"),
+    *("finetune", "no_load_optim", "no_load_rng", "moe_router_upcycle"),
+)
 
 
 @dataclasses.dataclass
@@ -34,6 +39,7 @@ class Run:
         notes: lines to tell the user.
         argv: the arguments as Megatron parses them.
         config: the same as MODEL_ARGS, which start the same run.
+        asked: where to start from, as ``args`` said before it was decided.
     """
 
     args: argparse.Namespace
@@ -43,6 +49,22 @@ class Run:
     notes: list[str]
     argv: list[str]
     config: dict[str, object]
+    asked: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def restart(self) -> str:
+        """What the same command would start from now, in words."""
+        args = argparse.Namespace(**(vars(self.args) | self.asked))
+        try:
+            upcycling.choose(args)
+            _choose_checkpoint(args)
+        except UsageError as error:
+            return f"the same command will say: {error}"
+        folder = args.load or args.pretrained_checkpoint
+        if folder is None:
+            return "there is no complete checkpoint: the same command starts from the beginning"
+        iteration = f"iteration {args.ckpt_step or 0} in {folder}"
+        afresh = args.finetune or args.load is None
+        return f"the same command {'starts afresh from the weights of' if afresh else 'continues from'} {iteration}"
 
     def check_unlocked(self) -> None:
         """Raises :class:`rmoe_megablocks.run_lock.Held` if another run writes where this one would."""
@@ -86,9 +108,11 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     refusals.check_router_arguments(args)
     if args.num_experts:
         refusals.check_available(args)
+    options.check(args)
     arguments.check_run_name(args.run_name)
     folder = Path(args.runs_dir) / args.run_name
     _choose_folders(args, folder, make=scratch is None)
+    asked = {name: getattr(args, name) for name in _SAYS_WHERE_TO_START}
     notes += batch_schedule.choose(args)
     notes += upcycling.choose(args)
     checkpoint_note = _choose_checkpoint(args)
@@ -97,11 +121,12 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     arguments.validate(args)
     rehearsal.rehearse(args)
     notes += model.check(args)
+    compatibility.check_nothing_left_out(args)
     resharding.check_optimizer_layout(args)
     checkpoint_notes = [] if args.moe_router_upcycle else [*checkpoint_note, *schedule.choose(args)]
     nonfinite.choose(args)
     notes += choose_optimizer_checkpoint(args) + checkpoint_notes + chosen.notes
-    run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config)
+    run = Run(args, folder, chosen.dataset, chosen.metadata, notes, args.argv, args.as_config, asked)
     del args.explicit, args.argv, args.as_config  # Megatron saves its arguments with every checkpoint
     return run
 
@@ -156,6 +181,8 @@ def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
         notes = [choice.note] if choice and choice.note else []
         args.load = None  # an empty tracker would end Megatron
         if args.pretrained_checkpoint is None:
+            if args.finetune:
+                raise UsageError("--finetune: there is no checkpoint to take the weights from: name one with --load")
             return notes
         choice = checkpoint_files.choose(args.pretrained_checkpoint, "--pretrained-checkpoint", args.ckpt_step)
         if choice.iteration is None:

@@ -69,27 +69,34 @@ def on_write(name: str, half: bool, times: int = 1) -> Callable[[], None]:
     return arm
 
 
-def _in_data(parent: bool) -> Callable[[], None]:
-    """Killed between two tensors of a .distcp; the rank itself, or the rank whose writer process writes it."""
+def _in_data() -> None:
+    """Killed between two tensors of a .distcp."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def arm() -> None:
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    original, written = filesystem_async._write_item, [0]
 
-        original, written, rank = filesystem_async._write_item, [0], os.getpid()
+    @functools.wraps(original)  # Megatron looks at its signature
+    def write_item(transforms: Any, stream: Any, *args: Any, **kwargs: Any) -> Any:
+        written[0] += 1
+        if written[0] == 4:
+            stream.flush()
+            die()
+        return original(transforms, stream, *args, **kwargs)
 
-        @functools.wraps(original)  # Megatron looks at its signature
-        def write_item(transforms: Any, stream: Any, *args: Any, **kwargs: Any) -> Any:
-            written[0] += 1
-            if written[0] == 4:
-                stream.flush()
-                os.kill(rank, signal.SIGKILL)
-                if parent:
-                    signal.pause()  # only its rank's death can end the writer
-            return original(transforms, stream, *args, **kwargs)
+    filesystem_async._write_item = write_item
 
-        filesystem_async._write_item = write_item
 
-    return arm
+def _in_asynchronous_data() -> None:
+    """The rank is killed once its writer, a process of its own, has the tensors."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    original = PersistentAsyncCaller.schedule_async_call
+
+    def schedule_async_call(self: Any, request: Any) -> None:
+        original(self, request)
+        die()
+
+    PersistentAsyncCaller.schedule_async_call = schedule_async_call
 
 
 def _torchrun_ends_the_rank() -> None:
@@ -135,8 +142,8 @@ def _while_deleting() -> None:
 POINTS: dict[str, Callable[[], None]] = {
     "in a step": _in_a_step,
     "SIGTERM in the data": _torchrun_ends_the_rank,
-    "in the data": _in_data(parent=False),
-    "in the data, asynchronously": _in_data(parent=True),
+    "in the data": _in_data,
+    "in the data, asynchronously": _in_asynchronous_data,
     "before metadata.json": on_write("metadata.json", half=False),
     "before the manifest": on_write("integrity.json", half=False),
     "half of the manifest": on_write("integrity.json", half=True),

@@ -1,8 +1,9 @@
 """Trains again and again in processes forked from one that has imported Megatron: ``-m tests.faults.steps STEPS.json``.
 
-A step is {"name", "argv", "ranks": 1, "kill": a name of kill_points or null, "before": [a name of kill_points.BEFORE,
-...], "folder": for those}. Its ranks are run as the launcher's worker runs them. The results, {name: {"codes": one a
-rank, "output": of all}}, replace the file; a negative code is the signal that ended a process.
+A step is {"name", "argv", "ranks": 1, "kill": a name of kill_points or null, "plant": one of full or null, "before":
+[a name of kill_points.BEFORE or full.BEFORE, ...], "folder": for those}. Its ranks are run as the launcher's worker
+runs them. The results, {name: {"codes": one a rank, "output": of all}}, replace the file; a negative code is the signal
+that ended a process.
 """
 
 import json
@@ -13,18 +14,20 @@ from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.process import report_from_rank
-from tests.faults import kill_points  # no Megatron up here: the process of a manager imports this module as well
+from tests.faults import full, kill_points  # no Megatron up here: the process of a manager imports this module as well
 from tests.ports import free_port
 
 TIMEOUT = 120
 
 
-def run(argv: list[str], kill: str | None) -> int:
+def run(argv: list[str], kill: str | None, plant: str | None = None) -> int:
     """One rank of a training run in this process."""
     from rmoe_megablocks.megatron import pretrain
 
     if kill is not None:
         kill_points.arm(kill)
+    if plant is not None:
+        full.PLANTS[plant]()
     try:
         return pretrain.main(argv) or 0
     except UsageError as error:
@@ -52,7 +55,7 @@ def _fork(step: dict, rank: int, output: Path) -> int:
         os.dup2(terminal, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         kill_points.alarm(TIMEOUT)  # a hang ends as a failure
-        code = run(step["argv"], step.get("kill"))
+        code = run(step["argv"], step.get("kill"), step.get("plant"))
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -69,7 +72,7 @@ def main(file: Path) -> None:
     results = {}
     for step in json.loads(file.read_text()):
         for name in step.get("before", []):
-            kill_points.BEFORE[name](Path(step["folder"]))
+            (kill_points.BEFORE | full.BEFORE)[name](Path(step["folder"]))
         output = file.with_suffix(".output")
         codes = forked(step, output)
         results[step["name"]] = {"codes": codes, "output": output.read_text()}

@@ -1,9 +1,11 @@
 """What the adapter replaces in Megatron's checkpoint code, with the reason. All of it is idempotent."""
 
+import contextlib
 import functools
 import inspect
 import multiprocessing
 import os
+import queue
 import re
 import types
 from collections.abc import Callable
@@ -15,9 +17,10 @@ import numpy
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.dist_checkpointing import serialization, validation
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.training import checkpointing, get_args, training
 
+from rmoe_megablocks.compat import async_worker
 from rmoe_megablocks.process import serve_parent
 
 
@@ -171,6 +174,33 @@ def end_writers_with_their_rank() -> None:
     checkpointing.schedule_async_save = schedule_async_save
 
 
+class _LoopOfRank:
+    """Stands for ``PersistentAsyncCaller.async_loop`` where the process that runs it is started."""
+
+    def __get__(self, caller: Any, kind: type) -> Callable[..., None]:
+        return functools.partial(async_worker.serve, os.getpid())
+
+
+def end_persistent_writers_with_their_rank() -> None:
+    """The process of --use-persistent-ckpt-worker runs :func:`.async_worker.serve`.
+
+    async_utils.py:386 names it by ``PersistentAsyncCaller.async_loop``; async_utils.py:381 starts it.
+    """
+    start = _original(async_utils.PersistentAsyncCaller._get_process.__func__)
+
+    @functools.wraps(start)
+    def _get_process(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loop = cls.__dict__["async_loop"]
+        cls.async_loop = _LoopOfRank()
+        try:
+            return start(cls, *args, **kwargs)
+        finally:
+            cls.async_loop = loop
+
+    _get_process.original = start
+    async_utils.PersistentAsyncCaller._get_process = classmethod(_get_process)
+
+
 def end_result_servers_with_their_rank() -> None:
     """The process that holds the results of a rank's writers does not outlive the rank either, nor end before it.
 
@@ -181,9 +211,10 @@ def end_result_servers_with_their_rank() -> None:
     original = _original(filesystem_async.get_write_results_queue)
 
     @functools.wraps(original)
-    def get_write_results_queue(*mp_mode: str) -> Any:
+    def get_write_results_queue(mp_mode: str | None = None) -> Any:
         if filesystem_async._results_queue is None:
-            (method,) = mp_mode or inspect.unwrap(original).__defaults__  # spawn; in CPU mode fork
+            (default,) = inspect.unwrap(original).__defaults__  # spawn; in CPU mode fork
+            method = mp_mode or default
             manager = SyncManager(ctx=multiprocessing.get_context(method))
             manager.start(serve_parent, (os.getpid(),))
             filesystem_async._results_queue = manager.Queue()
@@ -191,6 +222,60 @@ def end_result_servers_with_their_rank() -> None:
 
     get_write_results_queue.original = original
     filesystem_async.get_write_results_queue = get_write_results_queue
+
+
+class _Results:
+    """A queue for one rank's writers, in which an error of theirs takes the place of the results."""
+
+    def __init__(self, queue: Any, errors: list[BaseException]) -> None:
+        self._queue, self._errors = queue, errors
+
+    def put(self, results: Any) -> None:
+        self._queue.put(self._errors[0] if self._errors else results)
+
+
+def keep_errors_of_writers() -> None:
+    """A writer's error reaches the rank that finishes the save as it was raised, with the file's name.
+
+    Megatron keeps no more than its class where a rank's last or only file fails (filesystem_async.py:304), and for
+    the other files nothing but an assertion: its result is missing, or in a synchronous save that rank alone fails.
+    """
+    writer = filesystem_async.FileSystemWriterAsync
+    write, write_all = _original(writer.write_preloaded_data), _original(writer.write_preloaded_data_multithread)
+    errors: list[BaseException] = []
+
+    @functools.wraps(write)
+    def write_preloaded_data(transforms: list, *, write_bucket: Any, results_queue: Any, **kwargs: Any) -> Any:
+        found: queue.Queue = queue.Queue()
+        result = write(transforms, write_bucket=write_bucket, results_queue=found, **kwargs)
+        number, results = result = result if found.empty() else found.get()
+        if isinstance(results, Exception):
+            errors.append(_with_name(results, write_bucket[0]))
+            result = (number, [])
+        if results_queue is None:
+            return result
+        results_queue.put(result)
+        return None
+
+    @functools.wraps(write_all)
+    def write_preloaded_data_multithread(transforms: list, use_msc: bool, rank: int, buckets: list, results: Any):
+        errors.clear()
+        return write_all(transforms, use_msc, rank, buckets, _Results(results, errors))
+
+    write_preloaded_data.original = write
+    write_preloaded_data_multithread.original = write_all
+    writer.write_preloaded_data = staticmethod(write_preloaded_data)
+    writer.write_preloaded_data_multithread = staticmethod(write_preloaded_data_multithread)
+
+
+def _with_name(error: BaseException, name: str) -> BaseException:
+    """The OSError that ``error`` is or was raised for, with the name of the file; else ``error``."""
+    inner = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is None or inner.errno is None:
+        return error
+    return OSError(inner.errno, os.strerror(inner.errno), inner.filename or os.fspath(name))
 
 
 def save_indices_atomically() -> None:
@@ -201,9 +286,15 @@ def save_indices_atomically() -> None:
 
     def save(file: str, array: numpy.ndarray, **kwargs: Any) -> None:
         new = f"{file}.{os.getpid()}.new"
-        with open(new, "wb") as stream:
-            numpy.save(stream, array, **kwargs)
-        os.replace(new, file)
+        try:
+            with open(new, "wb") as stream:
+                numpy.save(stream, array, **kwargs)
+            os.replace(new, file)
+        except OSError as error:  # as of a full disk
+            error.filename = file
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+            raise
 
     atomic.save = save
     gpt_dataset.numpy = blended_dataset.numpy = atomic

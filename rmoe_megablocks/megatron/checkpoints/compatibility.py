@@ -82,6 +82,22 @@ def check_router_matches(args: argparse.Namespace) -> None:
         _check_saved_router(args, start.option, start.folder)
 
 
+def check_nothing_left_out(args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint without optimizer or random numbers, unless told to do without.
+
+    Megatron stops at a KeyError for the one, and goes on with fresh random numbers without a word for the other.
+    """
+    if args.load is None or args.finetune or args.skip_train:
+        return
+    saved = saved_arguments(args.load, args.ckpt_step)
+    for kind, without in (("optim", "a fresh optimizer"), ("rng", "fresh random numbers")):
+        if getattr(saved, f"no_save_{kind}", None) and not getattr(args, f"no_load_{kind}"):
+            raise UsageError(
+                f"--load {args.load}: the checkpoint was saved with --no-save-{kind}: add --no-load-{kind} to go on "
+                f"with {without}"
+            )
+
+
 def _has_checkpoint(folder: str | None, step: int | None) -> bool:
     if folder is not None and step and Path(folder, f"iter_{step:07d}").is_dir():
         return True
@@ -92,6 +108,16 @@ def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> N
     saved = saved_arguments(folder, args.ckpt_step)
     if saved is None:
         return
+    if args.ckpt_format == "torch":
+        raise UsageError(
+            f"{option} {folder} has a checkpoint of format torch_dist, which --ckpt-format torch cannot load: leave it "
+            "out (the other way round works), or convert the checkpoint with --ckpt-convert-format"
+        )
+    if args.load_main_params_from_ckpt:  # state_dict["model"] (checkpointing.py:2614) holds the model's own parameters
+        raise UsageError(
+            f"--load-main-params-from-ckpt: {option} {folder} is a torch_dist checkpoint, which Megatron loads into "
+            "the model's precision first: the main parameters would be rounded all the same; leave it out"
+        )
     saved_type = getattr(saved, "moe_router_type", "linear")  # written without this package
     if saved_type == "linear" and args.moe_router_upcycle:
         return

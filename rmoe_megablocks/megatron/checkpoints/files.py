@@ -6,6 +6,7 @@ checkpoint: a checkpoint is complete if it has one and the files that it lists. 
 iteration is not the latest and modification times do not survive copying; and a checksum of the manifest itself.
 """
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -56,11 +57,17 @@ class Choice:
 def write_atomically(path: Path, text: str) -> None:
     """A process killed at any moment leaves the old file or the new one, never a part."""
     new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:  # as of a full disk, which needs the room
+        error.filename = str(path)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def seal(folder: Path, manifest: dict) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from rmoe_megablocks.compat.megatron import checkpoints as megatron_checkpoints
+from rmoe_megablocks.compat.megatron import loaders as megatron_loaders
 from rmoe_megablocks.errors import CommonError
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checkpoints.files import MANIFEST, TRACKER, State
+from rmoe_megablocks.process import kill_helpers_at_exit
 
 
 def install(args: argparse.Namespace) -> None:
@@ -18,8 +20,12 @@ def install(args: argparse.Namespace) -> None:
     megatron_checkpoints.save_indices_atomically()
     megatron_checkpoints.write_tracker(TRACKER, checkpoint_files.write_atomically)
     megatron_checkpoints.seal_manifests(checkpoint_files.seal)
+    megatron_checkpoints.keep_errors_of_writers()
     megatron_checkpoints.end_writers_with_their_rank()
+    megatron_checkpoints.end_persistent_writers_with_their_rank()
     megatron_checkpoints.end_result_servers_with_their_rank()
+    megatron_loaders.end_loaders_with_their_rank()
+    kill_helpers_at_exit()
     megatron_checkpoints.verify_loads(verify)
     megatron_checkpoints.prepare_saves(Saves(args))
 
@@ -64,7 +70,6 @@ class Saves:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._continues = _same(args.load, args.save) and not args.finetune
         self._first = True
 
     def __call__(self, iteration: int) -> bool:
@@ -77,8 +82,9 @@ class Saves:
 
     def prepare(self, folder: Path, iteration: int) -> bool:
         """Readies ``folder`` for a checkpoint of ``iteration``; False if the one it holds is this very one."""
-        if self._continues and self._args.ckpt_step:
-            loaded = checkpoint_files.inspect(folder, self._args.ckpt_step)
+        args = self._args  # asked now: --ckpt-convert-format saves elsewhere than the run would
+        if _same(args.load, args.save) and args.ckpt_step and not args.finetune:
+            loaded = checkpoint_files.inspect(folder, args.ckpt_step)
             if loaded.iteration == iteration and loaded.state is State.COMPLETE:
                 print(f"iteration {iteration} was loaded and not trained further: its checkpoint stays as it is")
                 return False

@@ -39,9 +39,11 @@ def choose(args: argparse.Namespace) -> list[str]:
         UsageError: another difference that neither option covers, or values that a loaded optimizer would ignore.
     """
     megatron_schedule.load_with({})  # not those of an earlier run in this process
-    if args.load is None or args.finetune or args.no_load_optim or args.skip_train:
+    if args.load is None or args.finetune or args.skip_train:
         return []
     state = compatibility.saved_state(args.load, args.ckpt_step)
+    if args.no_load_optim:
+        return _starts_anew(args, state)
     saved = state and state.get("args")
     if saved is None or "opt_param_scheduler" not in state or getattr(saved, "no_save_optim", False):
         return []
@@ -56,6 +58,17 @@ def choose(args: argparse.Namespace) -> list[str]:
     if args.lr != saved.lr or args.min_lr != saved.min_lr:
         _carry_learning_rates(args, saved)
     return [_note(args, saved, state["iteration"], ours, theirs)]
+
+
+def _starts_anew(args: argparse.Namespace, state: dict | None) -> list[str]:
+    """Megatron loads the schedule's place with the optimizer or not at all (checkpointing.py:2604)."""
+    ours = megatron_schedule.scheduler_of(args)
+    here = "" if state is None else f", at {learning_rate(ours, 0):.4g} and not at {_at(ours, args, state):.4g}"
+    return [f"--no-load-optim: the optimizer starts anew, and the learning rate's schedule with it{here}"]
+
+
+def _at(scheduler: OptimizerParamScheduler, args: argparse.Namespace, state: dict) -> float:
+    return learning_rate(scheduler, state["iteration"] * args.global_batch_size)
 
 
 def saved_scheduler(saved: argparse.Namespace, state: dict) -> OptimizerParamScheduler:

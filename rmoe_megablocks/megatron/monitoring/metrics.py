@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 from rmoe_megablocks.megatron.checkpoints.files import write_atomically
+from rmoe_megablocks.megatron.checkpoints.storage import naming
 
 
 class Metrics:
@@ -55,7 +56,7 @@ class Metrics:
         line = {"kind": kind} | {name: _finite(value) for name, value in record.items()}
         bad = [name for name, value in record.items() if repr(line[name]) != repr(value)]
         line |= {"not_finite": bad} if bad else {}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if kind == "train":
             self.trained_tokens += record["tokens"]

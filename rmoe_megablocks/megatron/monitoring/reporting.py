@@ -1,6 +1,7 @@
 """What a run tells: progress on the terminal, metrics.jsonl, and Megatron's own output in the run's log folder."""
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ def log_file(folder: Path) -> Path:
 def megatron_output_to(folder: Path):
     """Sends what Megatron prints and logs in this process to FOLDER/rankN.log; errors still reach the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    with log_file(folder).open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+    with _Log(log_file(folder).open("ab")) as log, contextlib.redirect_stdout(log):
         saved = [(h, h.stream) for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
         for handler, _ in saved:
             handler.setStream(log)
@@ -38,6 +39,32 @@ def megatron_output_to(folder: Path):
             logging.captureWarnings(False)
             for handler, stream in saved:
                 handler.setStream(stream)
+
+
+class _Log(io.TextIOWrapper):
+    """A file that loses what a full disk has no room for: figures and checkpoints go to the same one and end the run.
+
+    Otherwise any line that Megatron prints or logs, on any rank, would end it, or be a traceback on the terminal.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        """As any text file's."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As any file's."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        """As any file's."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Reporter:

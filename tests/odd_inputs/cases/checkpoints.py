@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.odd_inputs.case import Case
+from tests.odd_inputs.cases.checkpoint_schedules import rate
 from tests.odd_inputs.cases.environment import SHORT, TINY, would_start
 from tests.odd_inputs.server import REPOSITORY
 
@@ -17,10 +19,10 @@ EMPTY = f"{TINY} {SHORT} --run-name new"
 
 
 @functools.cache
-def trained_run() -> Path:
+def trained_run(options: str = "") -> Path:
     """The folder of runs with one of two iterations, made once."""
     folder = Path(tempfile.mkdtemp(prefix="rmoe-odd-inputs-"))
-    command = SMALL.replace("{repository}", str(REPOSITORY)).split()[1:]
+    command = f"{SMALL} {options}".replace("{repository}", str(REPOSITORY)).split()[1:]
     subprocess.run(
         [sys.executable, "-m", "rmoe_megablocks.launcher", *command],
         cwd=folder,
@@ -35,6 +37,13 @@ def run_of_two_iterations(folder: Path) -> None:
     shutil.copytree(trained_run(), folder / "runs", symlinks=True)
 
 
+def run_without(option: str):
+    def make(folder: Path) -> None:
+        shutil.copytree(trained_run(option), folder / "runs", symlinks=True)
+
+    return make
+
+
 def other(name: str, options: str, refused: str, command: str = SMALL) -> Case:
     return Case(name, f"{command} {options}", refused=refused, files=run_of_two_iterations)
 
@@ -47,6 +56,60 @@ def continues(outcome) -> None:
 
 
 LOADS = f"{EMPTY} --load runs/run/checkpoints"
+
+
+def new(name: str, options: str, refused: str) -> Case:
+    return Case(name, f"{EMPTY} {options}", refused=refused)
+
+
+def starts_anew(outcome) -> None:
+    """Iteration 3 has the rate of iteration 1, and a line has said so."""
+    lines = (outcome.folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = {line["iteration"]: line["learning_rate"] for line in map(json.loads, lines) if "grad_norm" in line}
+    assert list(rates) == [1, 2, 3, 4] and math.isclose(rates[3], rate(1, 4), rel_tol=1e-6), rates
+    assert f"starts anew, and the learning rate's schedule with it, at 0 and not at {rate(2, 4):.4g}" in outcome.err
+
+
+SECOND = "does not work here: a restart would have to choose between two kinds"
+REFUSED = {
+    "--non-persistent-save-interval 1": SECOND,
+    "--non-persistent-save-interval 1 --non-persistent-ckpt-type global": SECOND,
+    "--non-persistent-ckpt-type in_memory": SECOND,
+    "--non-persistent-ckpt-type local --non-persistent-local-ckpt-dir x": SECOND,
+    "--non-persistent-global-ckpt-dir x": SECOND,
+    "--non-persistent-local-ckpt-algo atomic": SECOND,
+    "--replication": "--replication does not work here",
+    "--replication-jump 1": "--replication-jump does not work here",
+    "--replication-factor 3": "--replication-factor does not work here",
+    "--use-mp-args-from-checkpoint-args": "it is about --use-checkpoint-args",
+    "--no-use-tokenizer-model-from-checkpoint-args": "it is about --use-checkpoint-args",
+    "--override-ckpt-iteration 1": "go back with --ckpt-step",
+    "--auto-detect-ckpt-format": "loads both formats without it",
+    "--async-strategy mcore": "does nothing without --async-save",
+    "--use-persistent-ckpt-worker": "does nothing without --async-save",
+    "--async-ckpt-cpu-priority 5": "does nothing without --async-save",
+    "--async-ckpt-io-priority 2": "does nothing without --async-save",
+    "--async-save --async-ckpt-use-cpu-shm": "needs the package nvidia-resiliency-ext",
+    "--ckpt-fully-parallel-load-exchange-algo gather_object": "does nothing without --ckpt-fully-parallel-load",
+    "--ckpt-fully-parallel-load-process-group ep_dp": "does nothing without --ckpt-fully-parallel-load",
+    "--ckpt-fully-parallel-save-process-group ep_dp --no-ckpt-fully-parallel-save": "keep one of them",
+    "--ckpt-convert-format torch": "--ckpt-convert-save",
+    "--ckpt-convert-save x": "does nothing without --ckpt-convert-format",
+    "--ckpt-convert-format torch --ckpt-convert-save x": "requires --load with --ckpt-convert-format",
+    "--ckpt-convert-update-legacy-dist-opt-format": "it is about --ckpt-format torch with",
+    "--ckpt-format torch_dcp": "--ckpt-format torch_dcp is for FSDP",
+    "--ckpt-format fsdp_dtensor": "--ckpt-format fsdp_dtensor is for FSDP",
+    "--ckpt-format torch --use-distributed-optimizer": "cannot load the optimizer's state again",
+    "--ckpt-format torch --async-save": "--async-save does nothing with --ckpt-format torch",
+    "--ckpt-format torch --verify-integrity": "--verify-integrity does nothing with --ckpt-format torch",
+    "--ckpt-format torch --dist-ckpt-strictness raise_all": "--dist-ckpt-strictness does nothing with",
+    "--dist-ckpt-strictness return_all": "use log_all or raise_all",
+    "--no-strict-fsdp-dtensor-load": "does nothing without --ckpt-format fsdp_dtensor",
+    "--no-stream-ckpt-dequant": "does nothing without --fp8-format",
+    "--distrib-optim-fully-reshardable-mem-efficient": "without --dist-ckpt-optim-fully-reshardable",
+    "--dist-ckpt-workers 2": "does nothing without --async-save with --ckpt-assume-constant-structure",
+    "--load-main-params-from-ckpt --no-load-optim": "does nothing without --fp16 or --bf16",
+}
 
 CASES = [
     Case(
@@ -86,4 +149,52 @@ CASES = [
     ),
     other("another router", "--moe-router-type linear", "router is gru, this run's is linear"),
     other("another state width", "--moe-router-rnn-hidden-size 32", "--moe-router-rnn-hidden-size 64, this run has 32"),
+    *(new(words, words, said) for words, said in REFUSED.items()),
+    other(
+        "--ckpt-step without a folder to load from", "--ckpt-step 2 --no-checkpoints", "--ckpt-step 2 with --no-checkp"
+    ),
+    other("--ckpt-step 0", "--ckpt-step 0", "--ckpt-step 0: no checkpoint has that iteration"),
+    other(
+        "--save of a run that shall save nothing",
+        "--save x --no-checkpoints",
+        "--save x and --no-checkpoints contradict",
+    ),
+    other(
+        "the wrong folder's --ckpt-step with --load",
+        "--load runs/run/checkpoints --ckpt-step 1",
+        "--ckpt-step 1: --load .*complete ones: 2",
+        EMPTY,
+    ),
+    other(
+        "--ckpt-format torch on a torch_dist checkpoint",
+        "--ckpt-format torch",
+        "torch_dist, .* --ckpt-format torch cannot",
+    ),
+    Case("--finetune of a new run", f"{EMPTY} --finetune", refused="--finetune: there is no checkpoint"),
+    other(
+        "the main parameters of a torch_dist checkpoint",
+        "--bf16 --no-load-optim --load-main-params-from-ckpt",
+        "--load-main-params-from-ckpt: --load .* rounded all the same",
+        LOADS,
+    ),
+    Case(
+        "the optimizer left out of a load: the learning rate starts anew",
+        f"{SMALL} --train-iters 4 --no-load-optim",
+        works=starts_anew,
+        files=run_of_two_iterations,
+        trains=True,
+        seconds=120,
+    ),
+    Case(
+        "a checkpoint saved without optimizer",
+        f"{SMALL} --train-iters 4",
+        refused="saved with --no-save-optim: add --no-load-optim",
+        files=run_without("--no-save-optim"),
+    ),
+    Case(
+        "a checkpoint saved without random numbers",
+        f"{SMALL} --train-iters 4",
+        refused="saved with --no-save-rng: add --no-load-rng",
+        files=run_without("--no-save-rng"),
+    ),
 ]
