@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import rmoe_megablocks.megatron  # noqa: F401  CPU mode, before anything imports Megatron
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.process import report as report_error
-from studies.router_init import gradients, initial, report, runs
+from studies.router_init import chain, gradients, initial, report, runs
 
-COMMANDS = {"run": runs, "report": report, "initial": initial, "gradients": gradients}
+COMMANDS = {"run": runs, "report": report, "initial": initial, "chain": chain, "gradients": gradients}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

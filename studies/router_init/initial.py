@@ -100,28 +100,37 @@ def by_layer(of: Sizes, router: str, init: str, seed: int = 1) -> list[float]:
     return variances.mean(0).sqrt().tolist()
 
 
-def _variances(of: Sizes, router: str, init: str) -> list[float]:
-    normal = functools.partial(torch.nn.init.normal_, mean=0.0, std=of.std)
-    config = RoutingConfig(
-        of.hidden_size, of.experts, of.state_size, of.bias, of.rnn_init, layer_init=init, init_method=normal
+def routing_config(of: Sizes, init: str) -> RoutingConfig:
+    """What the routers of a configuration are built from."""
+    return RoutingConfig(
+        of.hidden_size, of.experts, of.state_size, of.bias, of.rnn_init, layer_init=init, init_method=_normal(of.std)
     )
+
+
+def _normal(std: float) -> functools.partial:
+    return functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+
+
+def _variances(of: Sizes, router: str, init: str) -> list[float]:
     if router == "linear":
-        return [_variance(_inputs(of) @ _linear_weight(of, init, normal).T) for _ in range(of.layers)]
+        return [_variance(inputs(of) @ _linear_weight(of, init).T) for _ in range(of.layers)]
+    config = routing_config(of, init)
     cell, h_TP, found = get_router_type(router).build_shared(config), None, []
     for _ in range(of.layers):
-        logits_TE, h_TP = LayerRouting(config)(_inputs(of), h_TP, cell)
+        logits_TE, h_TP = LayerRouting(config)(inputs(of), h_TP, cell)
         found.append(_variance(logits_TE))
     return found
 
 
-def _inputs(of: Sizes) -> Tensor:
+def inputs(of: Sizes) -> Tensor:
+    """Of one layer: tokens of root mean square 1, [T, H]."""
     x_TH = torch.randn(_TOKENS, of.hidden_size)
     return x_TH / x_TH.square().mean(-1, keepdim=True).sqrt()
 
 
-def _linear_weight(of: Sizes, init: str, normal) -> Tensor:
+def _linear_weight(of: Sizes, init: str) -> Tensor:
     weight = torch.empty(of.experts, of.hidden_size)
-    (fan_in_ if init == FAN_IN else normal)(weight)
+    (fan_in_ if init == FAN_IN else _normal(of.std))(weight)
     return weight
 
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from studies.router_init import initial
+from studies.router_init import chain, initial
 from studies.router_init.gradients import Watch, kind_of
 
 SMALL = [path.stem for path in initial.configurations() if not path.stem.startswith("rmoe_0.9b")]
@@ -43,6 +43,19 @@ def test_gru_starts_flat_with_init_method_and_less_so_with_fan_in(name):
     low, high = (0.009, 0.02) if name == "tiny" else (0.017, 0.035)
     assert all(low < spread < high for spread in flat)
     assert all(0.07 < spread < 0.14 for spread in parted)
+
+
+def test_the_chain_ends_in_the_same_logits_and_biases_make_more_of_a_small_state():
+    sizes = initial.sizes(initial.CONFIGS / "tiny.yaml")
+    for init, projected, same in (
+        ("init_method", 0.02 * math.sqrt(128), (0.15, 0.45)),
+        ("fan_in", 3**-0.5, (0.02, 0.1)),
+    ):
+        layers = chain.by_layer(sizes, init)
+        assert len(layers) == 4
+        for (x, _, _, logits, _), spread in zip(layers, spreads("tiny", "gru", init), strict=True):
+            assert x == pytest.approx(projected, rel=0.03) and logits == pytest.approx(spread, rel=0.25)
+        assert same[0] < layers[0][2] < same[1] and layers[0][2] < layers[-1][2]
 
 
 def test_kinds_of_parameters():
