@@ -136,6 +136,7 @@ def measure(arm: str, iterations: list[int], seed: int) -> list[dict]:
 
 def _train(argv: list[str], iterations: list[int]) -> list[dict]:
     torch.set_num_threads(1)
+    import rmoe_megablocks.megatron  # noqa: F401  CPU mode, in a process that has imported nothing yet
     from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
     from rmoe_megablocks.megatron import pretrain
     from rmoe_megablocks.megatron.resolve import resolve
