@@ -40,6 +40,9 @@ EXTRAS_REQUIRE = {
 }
 # <<< requirements
 
+# Not above: nothing that launch/environment.sh makes needs it.
+EXTRAS_REQUIRE["studies"] = ["matplotlib>=3.8"]  # python -m studies.router_init report --figure
+
 setup(
     name="rmoe-megablocks",
     version="0.1.0",
