@@ -171,7 +171,8 @@ def check(args: argparse.Namespace) -> None:
     idle: dict[Need, list[str]] = {}
     for option in sorted(args.explicit & _actions().keys()):
         action = _actions()[option]
-        need = None if getattr(args, action.dest, None) == action.default else _unmet(option, args)
+        is_default = getattr(args, action.dest, None) in (action.default, [action.default])  # a list of one word
+        need = None if is_default else _unmet(option, args)
         if need is not None:
             idle.setdefault(need, []).append(option)
     for need, options in idle.items():
