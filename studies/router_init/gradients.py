@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     for arm in args.arms:
         arms.options(arm)
     for arm in args.arms:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[arm] = pool.apply(measure, (arm, sorted(args.iterations), args.seed))
+        # not multiprocessing's Pool, whose processes may have no children: Megatron's data loaders are some
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            found[arm] = fresh.submit(measure, arm, sorted(args.iterations), args.seed).result()
     table = markdown(found, args.seed)
     print(table, end="")
     if args.output:
