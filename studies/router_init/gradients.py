@@ -132,7 +132,7 @@ def measure(arm: str, iterations: list[int], seed: int) -> list[dict]:
         os.environ |= {"MASTER_PORT": str(port)}
         typed = [*arms.options(arm), "--seed", str(seed), "--pipeline-model-parallel-size", "1", "--no-checkpoints"]
         typed += ["--runs-dir", folder, "--run-name", "gradients", "--exit-interval", str(max(iterations))]
-        typed += ["--eval-interval", "100000"]
+        typed += ["--eval-interval", "100000", "--num-workers", "0"]  # loaders cannot be spawned
         return _train(merge(to_argv(load_config(CONFIG).arguments), typed), iterations)
 
 
