@@ -2,7 +2,8 @@
 
 Training is Megatron's own loop with the configuration's schedule, in one process an arm, ended early. For each kind of
 routing parameter, all layers' together: norm of the weights, norm of the gradient before clipping, and the norm of the
-step that the optimizer took over that of the weights. ``others`` are all other parameters.
+step that the optimizer took over that of the weights; ``others`` are all other parameters. The first step is nothing,
+as the warm-up starts from a learning rate of 0.
 """
 
 import argparse
