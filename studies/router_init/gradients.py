@@ -2,7 +2,8 @@
 
 Training is Megatron's own loop with the configuration's schedule, in one process an arm, ended early. For each kind of
 routing parameter, all layers' together: norm of the weights, norm of the gradient before clipping, and the norm of the
-step that the optimizer took over that of the weights. ``others`` are all other parameters.
+step that the optimizer took over that of the weights; ``others`` are all other parameters. The first step is nothing,
+as the warm-up starts from a learning rate of 0.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     for arm in args.arms:
         arms.options(arm)
     for arm in args.arms:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[arm] = pool.apply(measure, (arm, sorted(args.iterations), args.seed))
+        # not multiprocessing's Pool, whose processes may have no children: Megatron's data loaders are some
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            found[arm] = fresh.submit(measure, arm, sorted(args.iterations), args.seed).result()
     table = markdown(found, args.seed)
     print(table, end="")
     if args.output:
@@ -130,7 +133,7 @@ def measure(arm: str, iterations: list[int], seed: int) -> list[dict]:
         os.environ |= {"MASTER_PORT": str(port)}
         typed = [*arms.options(arm), "--seed", str(seed), "--pipeline-model-parallel-size", "1", "--no-checkpoints"]
         typed += ["--runs-dir", folder, "--run-name", "gradients", "--exit-interval", str(max(iterations))]
-        typed += ["--eval-interval", "100000"]
+        typed += ["--eval-interval", "100000", "--num-workers", "0"]  # loaders cannot be spawned
         return _train(merge(to_argv(load_config(CONFIG).arguments), typed), iterations)
 
 
