@@ -99,22 +99,37 @@ def _checksum(manifest: dict) -> str:
 
 def _number(path: Path) -> int:
     try:
-        manifest = read_manifest(path.parent)
-    except (OSError, ValueError):
+        with _readable(path):
+            manifest = read_manifest(path.parent)
+    except ValueError:
         return 0
     return manifest.get("save", 0) if manifest else 0  # 0: written by Megatron alone
 
 
 def inspect(folder: Path, iteration: int) -> Checkpoint:
-    """Looks at one checkpoint without reading its data."""
+    """Looks at one checkpoint without reading its data. Raises UsageError where the file system does not let it."""
     path = folder / f"iter_{iteration:07d}"
+    with _readable(path):
+        return _inspect(path, iteration)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Unreadable is neither missing nor damaged: an older checkpoint would be taken for the newest."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{error.filename or path} cannot be read ({error.strerror or error})") from error
+
+
+def _inspect(path: Path, iteration: int) -> Checkpoint:
     try:
         present = {entry.name for entry in os.scandir(path)}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return Checkpoint(path, iteration, State.MISSING, "it does not exist")
     try:
         manifest = read_manifest(path)
-    except (OSError, ValueError):
+    except ValueError:
         return Checkpoint(path, iteration, State.DAMAGED, f"{MANIFEST} is damaged")
     if manifest is None:
         if CONFIG in present or any(name.startswith("mp_rank_") for name in present):
@@ -180,7 +195,7 @@ def choose(folder: Path | str, option: str = "--load", step: int | None = None) 
     if text == "release":
         return Choice(folder, 0, f"starting from the release checkpoint in {folder}")
     if not text:
-        return _without_tracker(folder, latest, "is empty" if tracker.is_file() else "is missing")
+        return _without_tracker(folder, option, latest, "is empty" if tracker.is_file() else "is missing")
     if not text.isdecimal():
         _refuse(folder, option, f"{TRACKER} should name an iteration but says {text[:40]!r}", latest)
     tracked = inspect(folder, int(text))
@@ -211,8 +226,12 @@ def _asked_for(folder: Path, option: str, step: int) -> Choice:
     )
 
 
-def _without_tracker(folder: Path, latest: Checkpoint | None, what: str) -> Choice:
+def _without_tracker(folder: Path, option: str, latest: Checkpoint | None, what: str) -> Choice:
     if latest:
+        later = (inspect(folder, iteration) for iteration in iterations(folder) if iteration > latest.iteration)
+        damaged = [checkpoint for checkpoint in later if checkpoint.state is State.DAMAGED]
+        if damaged:
+            _refuse(folder, option, f"{TRACKER} {what}, and in {damaged[-1].folder.name} {damaged[-1].problem}", latest)
         return _continuing(latest, f"the complete checkpoint that was saved last, though {TRACKER} {what}")
     left = [f"iter_{iteration:07d}" for iteration in iterations(folder)]
     if not left:

@@ -128,6 +128,13 @@ def test_a_missing_file_is_named_and_no_older_checkpoint_taken_unasked(tmp_path,
     assert "complete ones: 4, 2" in refusal(tmp_path, step=6)
 
 
+def test_no_older_checkpoint_is_taken_for_a_damaged_one_without_a_tracker(tmp_path):
+    (three(tmp_path) / "iter_0000006" / "__0_0.distcp").unlink()
+    (tmp_path / TRACKER).unlink()
+    told = refusal(tmp_path)
+    assert "is missing, and in iter_0000006 __0_0.distcp is missing; add --ckpt-step 4" in told
+
+
 def test_every_damaged_byte_of_a_manifest_is_noticed(tmp_path):
     path = three(tmp_path) / "iter_0000006" / MANIFEST
     content = path.read_bytes()
@@ -144,6 +151,16 @@ def test_every_damaged_byte_of_a_manifest_is_noticed(tmp_path):
     for length in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         assert "integrity.json is damaged; add --ckpt-step 4" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, CONFIG, ""])
+def test_what_cannot_be_read_is_neither_missing_nor_damaged(tmp_path, name):
+    """An older checkpoint would be the newest complete one: with a tracker that is gone it was taken, with a line."""
+    path = three(tmp_path) / "iter_0000006" / name
+    (tmp_path / TRACKER).unlink()
+    path.rename(tmp_path / "away")
+    path.symlink_to(path)  # for root too
+    assert re.search(f"{re.escape(str(path))} cannot be read \\(Too many levels", refusal(tmp_path))
 
 
 def test_a_checkpoint_without_a_manifest_is_loaded_and_said_to_be_unverified(tmp_path):
