@@ -183,6 +183,8 @@ def _choose_checkpoint(args: argparse.Namespace) -> list[str]:
         if args.pretrained_checkpoint is None:
             if args.finetune:
                 raise UsageError("--finetune: there is no checkpoint to take the weights from: name one with --load")
+            if args.skip_train:
+                notes.append("--skip-train: there is no checkpoint, so the model that is evaluated was never trained")
             return notes
         choice = checkpoint_files.choose(args.pretrained_checkpoint, "--pretrained-checkpoint", args.ckpt_step)
         if choice.iteration is None:

@@ -7,7 +7,8 @@ import pytest
 
 from rmoe_megablocks.errors import CommonError, UsageError
 from rmoe_megablocks.megatron import preflight, pretrain
-from rmoe_megablocks.megatron.resolve import Run
+from rmoe_megablocks.megatron.resolve import Run, resolve
+from tests.distributed.arguments import BASE
 
 
 @pytest.mark.parametrize(("code", "reason"), [(2, "exit code 2"), (None, "exit code 0"), ("no data", "no data")])
@@ -22,6 +23,14 @@ def test_an_exit_before_the_first_iteration_says_why(monkeypatch, code, reason):
     assert str(caught.value) == (
         f"Megatron ended the run before its first iteration ({reason}); its log is runs/x/logs/rank0.log"
     )
+
+
+def test_what_is_evaluated_untrained_is_told(tmp_path):
+    def notes(*words: str) -> list[str]:
+        return resolve([*BASE, "--run-name", "x", "--runs-dir", str(tmp_path), *words], 1).notes
+
+    told = "--skip-train: there is no checkpoint, so the model that is evaluated was never trained"
+    assert told in notes("--skip-train") and told not in notes()
 
 
 def test_more_processes_than_gpus(monkeypatch):
