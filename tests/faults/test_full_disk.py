@@ -12,7 +12,7 @@ import pytest
 from rmoe_megablocks.megatron.checkpoints.files import TRACKER
 from tests.checkpoints import assert_same_tensors
 from tests.faults import full
-from tests.faults.test_kills import REPOSITORY, TINY, run_steps
+from tests.faults.test_kills import ALL_FAULTS, REPOSITORY, TINY, run_steps
 
 ASYNC = "--async-save"
 FULL, QUOTA = (
@@ -37,7 +37,7 @@ class Case:
         return f"{self.plant} {self.options}".strip()
 
 
-CASES = [
+ALL = [
     Case("full: data", DATA),
     Case("full: index", "checkpoints"),
     Case("full: config", "checkpoints"),
@@ -54,6 +54,9 @@ CASES = [
     Case("read-only: data", DATA, "the file system is read-only"),
     Case("denied: tracker", "checkpoints/latest_checkpointed_iteration.txt", DENIED, resumes=6),
 ]
+# Of every test run: a file of each kind. The rest with RMOE_TEST_ALL_FAULTS=1.
+ALWAYS = ("full: data", "full: config", f"full: manifest {ASYNC}", "full: tracker", "full: metrics", "full: summary")
+CASES = [case for case in ALL if ALL_FAULTS or case.name in ALWAYS]
 REAL = {"synchronous": "", "asynchronous": ASYNC}
 
 

@@ -19,6 +19,7 @@ from tests.checkpoints import assert_same_tensors
 from tests.faults.kill_points import POINTS
 
 REPOSITORY = Path(__file__).parents[2]
+ALL_FAULTS = os.environ.get("RMOE_TEST_ALL_FAULTS") == "1"
 MARK = "RMOE_TEST_KILLS"  # an environment variable by which to find what these tests started
 TINY = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 16 --num-experts 4 --moe-router-topk 2 "

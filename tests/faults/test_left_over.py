@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kills import MARK, REPOSITORY, TINY, marked
+from tests.faults.test_kills import ALL_FAULTS, MARK, REPOSITORY, TINY, marked
 
 SECONDS = 6.5  # a data loader's worker looks every 5 seconds whether its rank is there
 LONG = "--train-iters 100000 --save-interval 2 --save-retain-interval 1000000 --num-workers 2 --log-interval 1".split()
@@ -40,8 +40,10 @@ def wait_until(condition, seconds: float) -> bool:
 AGENT = ["rmoe_megablocks.launcher.agent", "--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1", "-m"]
 
 
-@pytest.mark.parametrize("options", ["", "--async-save"])
-@pytest.mark.parametrize("rank", [0, 1])
+EVERY = [(0, ""), (1, "--async-save"), *([(0, "--async-save"), (1, "")] if ALL_FAULTS else [])]
+
+
+@pytest.mark.parametrize(("rank", "options"), EVERY)
 def test_after_a_traceback(tmp_path, rank, options):
     run = start(tmp_path, [*AGENT, "tests.faults.worker"], options, f"{rank}:traceback")
     try:
@@ -52,7 +54,7 @@ def test_after_a_traceback(tmp_path, rank, options):
         run.kill()
 
 
-@pytest.mark.parametrize("options", ["", "--async-save"])
+@pytest.mark.parametrize("options", ["--async-save", *([""] if ALL_FAULTS else [])])
 def test_after_a_killed_launcher(tmp_path, options):
     run = start(tmp_path, ["rmoe_megablocks.launcher", "--nproc-per-node=2"], options)
     try:

@@ -19,10 +19,10 @@ FAN_IN = ("--moe-router-init", "fan_in")
 LINEAR = ("--moe-router-type", "linear")
 
 
-def build(*argv: str):
+def build(*argv: str, **unchecked):
     """From the same random state each time."""
     model_parallel_cuda_manual_seed(1234)
-    return models.build(*argv)
+    return models.build(*argv, **unchecked)
 
 
 def routers(model) -> list[TopKRouter]:
@@ -87,7 +87,7 @@ def test_linear_with_biases_and_without_initialisation(one_process, monkeypatch)
     assert 0 < first.bias.abs().max() <= 1 / math.sqrt(H) and first.bias.dtype == torch.float32
     asked = []
     monkeypatch.setattr("rmoe_megablocks.megatron.recurrence.router.fan_in_", lambda *drawn: asked.append(drawn))
-    build(*LINEAR, *FAN_IN, "--no-initialization")
+    build(*LINEAR, *FAN_IN, perform_initialization=False)
     assert not asked
 
 

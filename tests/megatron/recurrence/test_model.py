@@ -22,10 +22,12 @@ from tests.distributed.arguments import BASE, FULL_RECOMPUTE, MOE_RECOMPUTE, sel
 S, B, VOCABULARY = 32, 2, 256
 
 
-def build(*argv: str):
+def build(*argv: str, **unchecked):
+    """The model of these arguments, and of what our entry refuses and a script of one's own may set."""
     args = arguments.parse([*BASE, "--eval-interval", "100", *argv])
     arguments.fill_defaults(args)
     arguments.validate(args)
+    vars(args).update(unchecked)
     args.padded_vocab_size = VOCABULARY
     model_config = gpt_config_from_args(args)
     install_router(model_config, args)
@@ -215,7 +217,7 @@ def test_a_padding_mask_reaches_the_router_through_recompute(one_process, recomp
 
 def test_router_replay_repeats_another_pass_choices(one_process):
     RouterReplay.clear_global_router_replay_instances()
-    model = build("--moe-enable-routing-replay")
+    model = build(moe_enable_routing_replay=True)
     chosen: list[torch.Tensor] = []
     for router in routers(model):
         router.register_forward_hook(lambda module, args, output: chosen.append(output[1].clone()))

@@ -59,9 +59,7 @@ IDLE = {
     "--profile-step-start 5": "--profile",
     "--manual-gc-interval 5": "--manual-gc",
     "--wandb-exp-name x": "--wandb-project",
-    "--no-checkpoints --ckpt-step 5": "--load",
     "--no-initialization": "--load",
-    "--replication-factor 3": "--replication",
     "--fault-injector-seed 3": "--fault-injector-num-ranks",
 }
 DENSE = "--num-experts=null --moe-router-type linear --moe-router-rnn-hidden-size=null --moe-ffn-hidden-size=null"
