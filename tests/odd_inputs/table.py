@@ -47,6 +47,7 @@ def _ending(case: Case, outcome: Outcome) -> str:
     line = (error_lines(outcome) or [""])[0].removeprefix("rmoe: error: ")
     for path in (str(outcome.folder) + "/", str(outcome.folder), str(REPOSITORY) + "/"):
         line = line.replace(path, "")
+    line = re.sub(r"process \d+ on \S+, since [\d-]+ [\d:]+", "process N on HOST, since TIME", line)  # alike each time
     return re.sub(r"\s+", " ", f"`{line}`")
 
 
