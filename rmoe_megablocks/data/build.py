@@ -255,7 +255,7 @@ def _install(staging: Path, target: Path, spelling: str | Path, overwrite: bool)
         target.rename(old)
         try:
             staging.rename(target)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the old dataset goes back to its place, and the error on its way
             old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,6 @@ cell's biases, prefers the same experts for every token, and is nothing to route
 
 import argparse
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,18 +19,12 @@ _HEAD = ("configuration", "--moe-router-init", "layer", "x'", "h", "the same for
 _DRAWS = 4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+add_arguments = initial.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table."""
-    torch.set_num_threads(1)
-    table = markdown()
-    print(table, end="")
-    if args.output:
-        args.output.write_text(table)
-    return 0
+    return initial.tell(markdown, args)
 
 
 def markdown() -> str:

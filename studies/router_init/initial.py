@@ -9,7 +9,7 @@ metrics.jsonl: root of the tokens' mean variance, here also over several draws.
 import argparse
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table."""
+    return tell(markdown, args)
+
+
+def tell(markdown: Callable[[], str], args: argparse.Namespace) -> int:
+    """Prints a table, which is computed by one thread, and leaves it where ``args`` say."""
     torch.set_num_threads(1)
     table = markdown()
     print(table, end="")

@@ -144,7 +144,7 @@ def _may_speak() -> bool:
     try:
         store = _store()
         return store is None or store.add("said", 1) == 1
-    except Exception:  # noqa: BLE001  the rank that kept it is gone, and has spoken
+    except RuntimeError:  # what torch's stores raise: the process that kept it is gone, and its rank has spoken
         return os.environ.get("RANK", "0") == "0"
 
 
@@ -159,6 +159,6 @@ def _was_said(error: BaseException) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.1)
-    except Exception:  # noqa: BLE001  as in _may_speak
+    except RuntimeError:  # as in _may_speak
         return False
     return False
