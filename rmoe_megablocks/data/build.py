@@ -211,6 +211,11 @@ def _write(
 
 def _check_target(target: Path, spelling: str | Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
+        above = next(folder for folder in target.parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise DataError(f"output {spelling}: {above} is no folder")
+        if not os.access(above, os.W_OK | os.X_OK):  # else that is found when everything has been read
+            raise DataError(f"output {spelling}: nothing can be written into {above}")
         return
     if not target.is_dir():
         raise DataError(f"output {spelling} is a file: a dataset is a folder")

@@ -92,10 +92,20 @@ def test_other_bad_requests(tmp_path, models):
     fails("cannot be read", tokenizer="sentencepiece", tokenizer_model=tmp_path)
     fails("no_eos.model: has no end-of-sentence id", tokenizer="sentencepiece", tokenizer_model=no_eos, append_eod=True)
     fails("output .*text is a file", output=text)
-    fails("output .*text/out: cannot be written", output=text / "out")
+    fails("output .*text/out: .*text is no folder", output=text / "out")
     empty_model = write(tmp_path / "empty.model", b"")
     before = content(tmp_path)
     fails("empty.model: not a SentencePiece model", tokenizer="sentencepiece", tokenizer_model=empty_model)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_the_input_is_read(tmp_path, monkeypatch):
+    """By what the system says of the nearest folder: these tests may run as root, who may write anywhere."""
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)))
+    monkeypatch.setattr("rmoe_megablocks.data.build.Inputs", None)
+    with pytest.raises(DataError, match=f"^output .*: nothing can be written into {tmp_path}$"):
+        prepare([tmp_path / "text"], tmp_path / "a" / "b", split="90%,5%,5%")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] and content(tmp_path) == []
 
 
 def test_existing_output(tmp_path):

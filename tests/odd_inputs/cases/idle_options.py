@@ -49,6 +49,8 @@ IDLE = {
     "--cross-entropy-fusion-impl te": "--cross-entropy-loss-fusion",
     "--cuda-graph-warmup-steps 2": "--cuda-graph-impl",
     "--sgd-momentum 0.5": "--optimizer sgd",
+    "--optimizer sgd": "--optimizer adam",  # tiny.yaml has --adam-beta2
+    "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1": "--weight-decay-incr-style const",
     "--muon-momentum 0.5": "--optimizer muon",
     "--decoupled-min-lr 1e-3": "--decoupled-lr",
     "--lr-wsd-decay-iters 2": "--lr-decay-style WSD",
