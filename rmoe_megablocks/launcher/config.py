@@ -273,15 +273,12 @@ def merge(
 
 def _is_megatron_argument(option: str) -> bool:
     # imported only when a command line needs it: Megatron's parser brings torch along, which takes seconds
-    import argparse
-
     from rmoe_megablocks.compat import megatron_cpu
 
     megatron_cpu.install()  # has to precede the first import of megatron
-    from megatron.training.arguments import add_megatron_arguments
+    from rmoe_megablocks.compat.megatron.options import actions
 
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return option in parser._option_string_actions
+    return option in actions()
 
 
 def apply_environment(config: Config) -> None:

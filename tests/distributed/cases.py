@@ -87,9 +87,13 @@ def compared() -> list[Case]:
     return [*_layout_cases(), *_option_cases()]
 
 
+#: all layouts, options and routes, not only those of every test run
+ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
+
+
 def selected() -> list[Case]:
     """The cells of every test run; with RMOE_TEST_ALL_CELLS=1 all of them."""
-    if os.environ.get("RMOE_TEST_ALL_CELLS") == "1":
+    if ALL_CELLS:
         return compared()
     return [case for case in compared() if is_always_run(case)]
 

@@ -120,6 +120,14 @@ NOT_ALWAYS = {
     "CP2 @ tied embeddings, grouped queries",
     "PP2 @ score function sqrtsoftplus",
     "PP2 @ --moe-router-dtype fp64",
+    "DP2 @ fp32",
+    "PP2, embedding counted as a layer @ fp32",
+    "CP2 @ bf16, fp32 routing",
+    "PP2 @ full recompute, block",
+    "CP2 @ recompute core_attn",
+    "TP2 SP @ recompute layernorm",
+    "PP2 @ quantile balancing",
+    "EP2 alltoall @ capacity factor, dropping by probs",
 }
 # Whose routing gradients are compared element by element
 GRADIENTS = ("TP2 SP", "CP2", "EP2 alltoall", "PP2 VPP2 EP2")

@@ -101,7 +101,7 @@ def _option_rows() -> list[tuple[str, ...]]:
 
 def _noise_rows() -> list[tuple[str, ...]]:
     rows = []
-    for case in recomputed_noise():
+    for case in recomputed_noise(all_of_them=True):
         layout, _, rest = case.name.partition(" @ ")
         noise, _, recompute = rest.partition(" --")
         rows.append((layout, noise, f"`--{recompute}`"))

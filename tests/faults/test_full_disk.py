@@ -55,9 +55,9 @@ ALL = [
     Case("denied: tracker", "checkpoints/latest_checkpointed_iteration.txt", DENIED, resumes=6),
 ]
 # Of every test run: a file of each kind. The rest with RMOE_TEST_ALL_FAULTS=1.
-ALWAYS = ("full: data", "full: config", f"full: manifest {ASYNC}", "full: tracker", "full: metrics", "full: summary")
+ALWAYS = ("full: data", f"full: manifest {ASYNC}", "full: tracker", "full: metrics", "full: summary")
 CASES = [case for case in ALL if ALL_FAULTS or case.name in ALWAYS]
-REAL = {"synchronous": "", "asynchronous": ASYNC}
+REAL = {"asynchronous": ASYNC} | ({"synchronous": ""} if ALL_FAULTS else {})
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ class Case:
 
 
 STALE = "complete, though latest_checkpointed_iteration.txt still names iter_0000002"
-CASES = [
+ALL = [
     Case("in a step", 2),
     Case("in the data", 2),
     Case("SIGTERM in the data", 5, code=0),  # it saves to the end, and once more when it stops
@@ -66,6 +66,9 @@ CASES = [
     # left by Megatron itself, which opens the tracker and then writes it
     Case("in a step", 2, "is empty", options="--save-retain-interval 1000", before="empty tracker"),
 ]
+# Left to RMOE_TEST_ALL_FAULTS=1: a moment later, or the same with another writer
+NOT_ALWAYS = ("before metadata.json", "before the manifest", "before the tracker", "half of the tracker---async-save")
+CASES = [case for case in ALL if ALL_FAULTS or case.name not in NOT_ALWAYS]
 
 
 def run_steps(steps: list[dict], folder: Path, environment: dict[str, str] | None = None) -> dict[str, dict]:
@@ -102,7 +105,8 @@ def results(folder) -> dict[str, dict]:
 
 
 def test_every_kill_point_is_tried():
-    assert {case.kill for case in CASES} == set(POINTS)
+    assert {case.kill for case in ALL} == set(POINTS)
+    assert {case.name for case in ALL}.issuperset(NOT_ALWAYS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -40,7 +40,8 @@ sys.exit(max(worker.wait() for worker in workers))
 """
 
 LAUNCHER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 from rmoe_megablocks.launcher.supervise import run_agent
 sys.exit(run_agent(sys.argv[1:]))
 """

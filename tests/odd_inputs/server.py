@@ -1,5 +1,7 @@
 """Runs cases in forks of one process that has imported everything: ``python -m tests.odd_inputs.server``.
 
+A run of one process trains in such a fork too, where torchrun would start it and it would import all that again.
+
 Reads a JSON line a case on standard input ({"command", "folder", "env", "trains", "seconds"}), answers with one
 ({"code"}) on the standard output it was started with; what the case prints goes to files beside its folder.
 """
@@ -11,7 +13,11 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+from rmoe_megablocks.launcher import worker
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,9 +37,14 @@ def main() -> None:
 def _import_everything() -> None:
     import rmoe_megablocks.megatron  # noqa: F401  CPU mode before Megatron
     from rmoe_megablocks import cli, data, doctor  # noqa: F401
-    from rmoe_megablocks.launcher import __main__, worker  # noqa: F401
+    from rmoe_megablocks.compat.megatron import options
+    from rmoe_megablocks.launcher import __main__  # noqa: F401
     from rmoe_megablocks.megatron import preflight, pretrain  # noqa: F401
     from rmoe_megablocks.planning import plan  # noqa: F401
+    from tests.docstrings import parse_docstrings_once
+
+    parse_docstrings_once()
+    options.spelling()
 
 
 def _wait(child: int, seconds: float) -> int | None:
@@ -64,7 +75,7 @@ def _run(case: dict) -> None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        code = _call(case["command"], case["trains"])
+        code = _call_all(case["command"], case["trains"], in_fork=not case["env"])
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except BaseException:  # noqa: BLE001  as the interpreter does it
@@ -75,7 +86,21 @@ def _run(case: dict) -> None:
         os._exit(code)
 
 
-def _call(command: str, trains: bool) -> int:
+def _call_all(command: str, trains: bool, in_fork: bool) -> int:
+    """Commands joined by && one after the other, each in a fork that knows nothing of the one before."""
+    first, *others = command.split(" && pretrain ")
+    for following in others:
+        child = os.fork()
+        if child == 0:
+            return _call(first, trains, in_fork)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            return code
+        first = f"pretrain {following}"
+    return _call(first, trains, in_fork)
+
+
+def _call(command: str, trains: bool, in_fork: bool) -> int:
     program, _, rest = command.partition(" ")
     if program == "sh":
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -92,8 +117,49 @@ def _call(command: str, trains: bool) -> int:
         os.environ["PYTHONPATH"] = str(REPOSITORY)
         if not trains:
             launcher.run_agent = _would_start
+        elif in_fork:
+            launcher.run_agent = _Rank(launcher.run_agent)
         return launcher.main(argv)
     raise ValueError(f"{program}: pretrain, rmoe or sh")
+
+
+class _Rank:
+    """Takes the place of ``run_agent``: a process that was forked before the launcher did anything."""
+
+    def __init__(self, run_agent: Callable) -> None:
+        self._run_agent = run_agent
+        waits, self._command = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._command)
+            with open(waits) as file:
+                text = file.read()
+            os._exit(_train(json.loads(text)) if text else 0)
+        os.close(waits)
+
+    def __call__(self, command: list[str], env: dict[str, str]) -> int:
+        if "--nproc-per-node=1" not in command:
+            return self._run_agent(command, env)
+        with open(self._command, "w") as file:
+            argv = command[command.index(worker.__name__) + 1 :]
+            json.dump({"argv": argv, "env": dict(env)}, file)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def _train(asked: dict) -> int:
+    os.environ.clear()
+    os.environ.update(asked["env"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    sys.argv = [worker.__file__, *asked["argv"]]
+    try:
+        return worker.main(asked["argv"])
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    except BaseException:  # noqa: BLE001  as the interpreter does it
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _would_start(command: list[str], env: object = None) -> int:

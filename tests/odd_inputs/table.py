@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from tests.odd_inputs.case import Case, Outcome, error_lines
-from tests.odd_inputs.run import Server, all_cases
+from tests.odd_inputs.client import client
+from tests.odd_inputs.run import all_cases, run
 from tests.odd_inputs.server import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "odd-inputs.md"
@@ -19,13 +20,12 @@ line is all that is printed, with exit code 2, before anything is trained, and n
 
 
 def main() -> int:
-    server = Server()
     pages, bad, count = [HEADER], [], 0
     with tempfile.TemporaryDirectory() as scratch:
         for part, cases in all_cases().items():
             rows = []
             for number, case in enumerate(cases):
-                outcome = server.run(case, Path(scratch) / part / str(number))
+                outcome = run(case, Path(scratch) / part / str(number))
                 count += 1
                 try:
                     case.check(outcome)
@@ -34,7 +34,7 @@ def main() -> int:
                 rows.append(f"| {_cell(case.name)} | {_cell(_ending(case, outcome))} |")
             pages.append(f"\n## {part.replace('_', ' ').capitalize()}\n\n| input | ends with |\n|---|---|")
             pages += rows
-    server.close()
+    client().close()
     print(f"{count} cases, {len(bad)} ended otherwise", *bad, sep="\n")
     if not bad:
         PAGE.write_text("\n".join(pages) + "\n")

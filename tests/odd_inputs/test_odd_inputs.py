@@ -2,23 +2,16 @@
 
 import pytest
 
-from tests.odd_inputs.run import Server, all_cases
+from tests.odd_inputs.run import all_cases, run
 
 CASES = all_cases()
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{part}: {case.name}") for part, cases in CASES.items() for case in cases]
 )
-def test_ends_as_it_should(server, case, tmp_path):
-    case.check(server.run(case, tmp_path / "case"))
+def test_ends_as_it_should(case, tmp_path):
+    case.check(run(case, tmp_path / "case"))
 
 
 def test_there_are_enough_of_them():

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from megatron.training.arguments import add_megatron_arguments
 
+from rmoe_megablocks.compat.megatron.options import spelling
 from rmoe_megablocks.errors import UsageError
 
 # What Megatron's configuration classes call an argument, where they do not use the parser's name
@@ -165,16 +165,9 @@ def _tests(statement: ast.stmt | None) -> list[ast.expr]:
     return [statement.test] if isinstance(statement, ast.Assert) else []
 
 
-@functools.cache
-def options() -> dict[str, str]:
-    """Megatron's options by the name of the attribute they set."""
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-
-
 def _dest(name: str) -> str | None:
     name = _ALIASES.get(name, name)
-    return name if name in options() else None
+    return name if name in spelling() else None
 
 
 def _argument(node: ast.AST) -> str | None:
@@ -211,7 +204,7 @@ class _Renamer(ast.NodeTransformer):
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         name = _argument(node)
-        return ast.Name(id=options()[name]) if name is not None else super().generic_visit(node)
+        return ast.Name(id=spelling()[name]) if name is not None else super().generic_visit(node)
 
     visit = generic_visit
 
@@ -230,7 +223,7 @@ def _given(names: list[str], args: argparse.Namespace | None) -> list[str]:
     if args is None:
         return []
     dests = dict.fromkeys(_ALIASES.get(name, name) for name in names)
-    return [_with_value(options()[dest], getattr(args, dest, None)) for dest in dests]
+    return [_with_value(spelling()[dest], getattr(args, dest, None)) for dest in dests]
 
 
 def _with_value(option: str, value: object) -> str:

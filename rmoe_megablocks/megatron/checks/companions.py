@@ -10,8 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from megatron.training.arguments import add_megatron_arguments
-
+from rmoe_megablocks.compat.megatron.options import actions
 from rmoe_megablocks.errors import UsageError
 
 _ROTARY = ("rope", "yarn", "mrope")
@@ -172,8 +171,8 @@ def check(args: argparse.Namespace) -> None:
         args: parsed, with ``explicit``, and not yet validated: Megatron deletes some and completes others.
     """
     idle: dict[Need, list[str]] = {}
-    for option in sorted(args.explicit & _actions().keys()):
-        action = _actions()[option]
+    for option in sorted(args.explicit & actions().keys()):
+        action = actions()[option]
         is_default = getattr(args, action.dest, None) in (action.default, [action.default])  # a list of one word
         need = None if is_default else _unmet(option, args)
         if need is not None:
@@ -198,9 +197,3 @@ def _need_of(option: str) -> Need | None:
         if option in patterns or (begins and option.startswith(begins) and option not in need.missing.split()):
             return need
     return None
-
-
-@functools.cache
-def _actions() -> dict[str, argparse.Action]:
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return parser._option_string_actions  # argparse has no other way to ask

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from rmoe_megablocks.compat import megatron_cpu
-from rmoe_megablocks.compat.megatron.errors import options
+from rmoe_megablocks.compat.megatron.options import spelling
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checks import attention, companions, optimizer, routing
 
@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace, name: str, value: float) -> None:
         raise _error(name, value, "not a finite number")
     if name in _AT_LEAST_ONE and value < 1 and not isinstance(getattr(args, name), list):
         raise _error(name, value, "must be at least 1", _AT_LEAST_ONE[name])
-    if value < 0 and name not in _MAY_BE_NEGATIVE and name in options():
+    if value < 0 and name not in _MAY_BE_NEGATIVE and name in spelling():
         raise _error(name, value, "must not be negative")
     if name in _POSITIVE and value == 0:
         raise _error(name, value, "must be above zero", _POSITIVE[name])
@@ -153,14 +153,14 @@ def _largest_seed(args: argparse.Namespace) -> int:
 
 
 def _error(name: str, value: float, reason: str, instead: str = "") -> UsageError:
-    return UsageError(f"{options().get(name, name)} {value}: {reason}" + (f"; {instead}" if instead else ""))
+    return UsageError(f"{spelling().get(name, name)} {value}: {reason}" + (f"; {instead}" if instead else ""))
 
 
 def check_together(args: argparse.Namespace) -> None:
     """Refuses what is missing, and values that do not go together. Raises UsageError."""
     for name, meaning in _REQUIRED.items():
         if getattr(args, name) is None:
-            raise UsageError(f"no {options()[name]}: name {meaning}")
+            raise UsageError(f"no {spelling()[name]}: name {meaning}")
     companions.check(args)
     found = (_contradictions, *(part.contradictions for part in (optimizer, attention, routing)))
     for refused, text in itertools.chain.from_iterable(contradictions(args) for contradictions in found):
@@ -258,5 +258,5 @@ def _stages(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
         held = getattr(args, name)
         yield (
             args.pipeline_model_parallel_size == 1 and held not in (None, args.num_layers),
-            f"{options()[name]} {held}: the one pipeline stage holds --num-layers {args.num_layers}",
+            f"{spelling()[name]} {held}: the one pipeline stage holds --num-layers {args.num_layers}",
         )

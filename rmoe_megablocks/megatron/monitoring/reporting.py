@@ -28,7 +28,7 @@ def log_file(folder: Path) -> Path:
 def megatron_output_to(folder: Path):
     """Sends what Megatron prints and logs in this process to FOLDER/rankN.log; errors still reach the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _Log(log_file(folder).open("ab")) as log, contextlib.redirect_stdout(log):
+    with _Log(log_file(folder).open("ab")) as log, contextlib.redirect_stdout(log), _descriptor_to(1, log):
         saved = [(h, h.stream) for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
         for handler, _ in saved:
             handler.setStream(log)
@@ -39,6 +39,22 @@ def megatron_output_to(folder: Path):
             logging.captureWarnings(False)
             for handler, stream in saved:
                 handler.setStream(stream)
+
+
+@contextlib.contextmanager
+def _descriptor_to(number: int, log: io.TextIOBase):
+    """Sends what compiled code writes to a file descriptor to ``log``: gloo of torch 2.9 tells of its connections."""
+    try:
+        saved = os.dup(number)
+    except OSError:  # closed
+        yield
+        return
+    os.dup2(log.fileno(), number)
+    try:
+        yield
+    finally:
+        os.dup2(saved, number)
+        os.close(saved)
 
 
 class _Log(io.TextIOWrapper):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 
 import pytest
 from megatron.core import num_microbatches_calculator as calculator
@@ -147,3 +148,13 @@ def test_the_hook_tells_each_set_and_leaves_out_what_is_not_wanted(monkeypatch):
     ]
     assert written == [True, False]  # the test split is no point of TensorBoard's validation curve
     assert training.evaluate is evaluate
+
+
+def test_what_compiled_code_prints_goes_to_the_log(tmp_path, monkeypatch, capfd):
+    """To the file descriptor, past Python's sys.stdout."""
+    monkeypatch.delenv("RANK", raising=False)
+    with reporting.megatron_output_to(tmp_path):
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+    os.write(1, b"afterwards\n")
+    assert (tmp_path / "rank0.log").read_text() == "[Gloo] Rank 0 is connected\n"
+    assert capfd.readouterr().out == "afterwards\n"

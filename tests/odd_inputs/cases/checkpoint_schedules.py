@@ -4,9 +4,9 @@ import json
 import math
 
 from tests.odd_inputs.case import Case
-from tests.odd_inputs.cases.environment import SHORT
+from tests.odd_inputs.cases.environment import SHORT, TINY
 
-RUN = f"bash {{repository}}/launch/pretrain_rmoe.sh --config {{repository}}/configs/tiny.yaml {SHORT} --run-name x"
+RUN = f"{TINY} {SHORT} --run-name x"
 PEAK, LOW = 2e-3, 2e-4
 
 
@@ -40,14 +40,14 @@ SMALLER = {iteration: rate(min(4 + iteration - 2, 12), 12, 1e-3) for iteration i
 CASES = [
     Case(
         "--train-iters of a finished run",
-        f"sh {RUN} && {RUN} --train-iters 6",
+        f"{RUN} && {RUN} --train-iters 6",
         works=follows(FIRST | {iteration: rate(iteration, 6) for iteration in range(3, 7)}),
         trains=True,
         seconds=200,
     ),
     Case(
         "half the batch, another --lr and a longer run with --override-opt_param-scheduler",
-        f"sh {RUN} && {RUN} --train-iters 12 --lr 1e-3 --global-batch-size 1 --override-opt_param-scheduler",
+        f"{RUN} && {RUN} --train-iters 12 --lr 1e-3 --global-batch-size 1 --override-opt_param-scheduler",
         works=follows(FIRST | SMALLER),
         trains=True,
         seconds=200,

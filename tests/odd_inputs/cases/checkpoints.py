@@ -4,15 +4,13 @@ import functools
 import json
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tests.odd_inputs.case import Case
 from tests.odd_inputs.cases.checkpoint_schedules import rate
 from tests.odd_inputs.cases.environment import SHORT, TINY, would_start
-from tests.odd_inputs.server import REPOSITORY
+from tests.odd_inputs.client import client
 
 SMALL = f"{TINY} {SHORT} --run-name run"
 EMPTY = f"{TINY} {SHORT} --run-name new"
@@ -21,20 +19,20 @@ EMPTY = f"{TINY} {SHORT} --run-name new"
 @functools.cache
 def trained_run(options: str = "") -> Path:
     """The folder of runs with one of two iterations, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="rmoe-odd-inputs-"))
-    command = f"{SMALL} {options}".replace("{repository}", str(REPOSITORY)).split()[1:]
-    subprocess.run(
-        [sys.executable, "-m", "rmoe_megablocks.launcher", *command],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        env=None,
-    )
+    folder = Path(tempfile.mkdtemp(prefix="rmoe-odd-inputs-"), "trained")
+    folder.mkdir()
+    code = client().run(f"{SMALL} {options}", folder, {}, trains=True, seconds=120)
+    assert code == 0, Path(f"{folder}.err").read_text()
     return folder / "runs"
 
 
 def run_of_two_iterations(folder: Path) -> None:
     shutil.copytree(trained_run(), folder / "runs", symlinks=True)
+
+
+def run_with_an_empty_index(folder: Path) -> None:
+    run_of_two_iterations(folder)
+    (folder / "runs" / "run" / "checkpoints" / "iter_0000002" / ".metadata").write_bytes(b"")
 
 
 def run_without(option: str):
@@ -140,6 +138,12 @@ CASES = [
     other("normalized queries and keys", "--qk-layernorm", "no --qk-layernorm, this run --qk-layernorm"),
     other("a shared expert", "--moe-shared-expert-intermediate-size 16", "no --moe-shared-expert-intermediate-size"),
     other("dense layers in between", "--moe-layer-freq 2", "no --moe-layer-freq, this run .*--moe-layer-freq .1, 0."),
+    Case(
+        "a checkpoint whose index is empty",
+        SMALL,
+        refused="iter_0000002 is damaged or incomplete",
+        files=run_with_an_empty_index,
+    ),
     other("two of them at once", "--num-layers 4 --hidden-size 32", "--num-layers 2, --hidden-size 16, this run"),
     other(
         "another model under --load --finetune",
