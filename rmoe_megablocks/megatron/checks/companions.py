@@ -126,8 +126,8 @@ _NEEDS = (
     Need("--cuda-graph-impl", lambda args: args.cuda_graph_impl != "none" or args.enable_cuda_graph
          or args.external_cuda_graph, "--cuda-graph-*"),
     # optimizer
-    Need("--weight-decay-incr-style constant", lambda args: args.weight_decay_incr_style == "constant",
-         "--weight-decay"),
+    Need("--weight-decay-incr-style constant", lambda args: args.weight_decay_incr_style == "constant"
+         or args.start_weight_decay is None, "--weight-decay"),
     Need("--optimizer adam", lambda args: args.optimizer != "sgd", "--adam-*"),
     Need("--optimizer sgd", lambda args: args.optimizer == "sgd", "--sgd-momentum"),
     Need("--optimizer muon", lambda args: "muon" in args.optimizer, "--muon-*"),
