@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -17,6 +18,7 @@ from typing import Any
 def serve(rank_pid: int, *args: Any) -> None:
     """What the process does: Megatron's own loop, with ``args``, for as long as the process ``rank_pid`` lives."""
     end_with(rank_pid)
+    sys.unraisablehook = _unless_of_a_file
     from rmoe_megablocks.compat import megatron_cpu
 
     megatron_cpu.install(announce=False)
@@ -26,6 +28,15 @@ def serve(rank_pid: int, *args: Any) -> None:
 
     checkpoints.keep_errors_of_writers()
     PersistentAsyncCaller.async_loop(*args)
+
+
+def _unless_of_a_file(unraisable: sys.UnraisableHookArgs) -> None:
+    """Says nothing of a file that could not be closed when it was given up: what failed before has been reported.
+
+    Python 3.13 writes a traceback for each; on a full disk they would stand before the line that says so.
+    """
+    if not isinstance(unraisable.exc_value, (OSError, ValueError)):
+        sys.__unraisablehook__(unraisable)
 
 
 def end_with(pid: int) -> None:

@@ -16,7 +16,7 @@ from studies.router_init import arms
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "tiny.yaml"
 _EVALUATED = 500_000  # tokens of each split of a text that is given
-_ONE_PROCESS = "--pipeline-model-parallel-size 1 --nproc-per-node 1 --no-checkpoints".split()
+_ONE_PROCESS = "--pipeline-model-parallel-size 1 --no-checkpoints".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def is_complete(folder: Path, iterations: int | None = None) -> bool:
 def _commands(args: argparse.Namespace, dataset: Path | None) -> Iterator[tuple[str, list[str]]]:
     """Name and command of every run, seed by seed: the arms of a seed are there together."""
     factor = args.iterations_factor
-    words = [f"x{factor}"] * (factor > 1) + ([dataset.name] if dataset else [])
+    condition = "+".join([f"x{factor}"] * (factor > 1) + ([dataset.name] if dataset else []))
     common = ["--runs-dir", str(args.runs_dir.resolve()), *_ONE_PROCESS]
     if factor > 1:  # as many points of the curves as a short run has
         common += ["--train-iters", str(_iterations(args)), "--eval-interval", str(40 * factor)]
@@ -69,15 +69,20 @@ def _commands(args: argparse.Namespace, dataset: Path | None) -> Iterator[tuple[
         common += ["--dataset", str(dataset), "--eval-tokens", str(_EVALUATED)]
     for seed in args.seeds:
         for arm in args.arms:
-            name = str(arms.Name(arm, "+".join(words), seed))
-            yield name, ["--run-name", name, "--seed", str(seed), *common, *arms.options(arm)]
+            name = str(arms.Name(arm, condition, seed))
+            speed = arms.learning_rate_factor(arm)
+            entry = ["bash", "launch/pretrain_rmoe.sh", "--nproc-per-node", "1"]
+            if speed != 1:
+                entry = [sys.executable, "-m", "studies.router_init.entry", str(speed)]
+            words = ["--config", str(CONFIG), "--run-name", name, "--seed", str(seed)]
+            yield name, [*entry, *words, *common, *arms.options(arm)]
 
 
 def _start(runs_dir: Path, name: str, command: list[str]) -> int:
     log = runs_dir / f"{name}.log"
     with log.open("w") as output:
         code = subprocess.run(
-            ["bash", "launch/pretrain_rmoe.sh", "--config", str(CONFIG), *command],
+            command,
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,

@@ -5,10 +5,11 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 from rmoe_megablocks.errors import UsageError
 from studies.router_init import __main__ as study
-from studies.router_init import arms, report, runs
+from studies.router_init import arms, entry, report, runs
 from tests.studies.runs import finished
 
 
@@ -59,12 +60,36 @@ def test_all_arms_of_a_seed_run_before_the_next_seed(tmp_path, monkeypatch, caps
     commands = started(tmp_path, monkeypatch, "--seeds", "1", "2")
     named = [command[command.index("--run-name") + 1] for command in commands]
     assert named == [f"{arm}-seed{seed}" for seed in (1, 2) for arm in arms.DEFAULT]
-    assert commands[0][:4] == ["bash", "launch/pretrain_rmoe.sh", "--config", str(runs.CONFIG)]
-    assert " ".join(commands[0][4:]) == (
-        f"--run-name gru_init_method-seed1 --seed 1 --runs-dir {tmp_path} --pipeline-model-parallel-size 1 "
-        "--nproc-per-node 1 --no-checkpoints --moe-router-type gru --moe-router-init init_method"
+    assert " ".join(commands[0]) == (
+        f"bash launch/pretrain_rmoe.sh --nproc-per-node 1 --config {runs.CONFIG} --run-name gru_init_method-seed1 "
+        f"--seed 1 --runs-dir {tmp_path} --pipeline-model-parallel-size 1 --no-checkpoints --moe-router-type gru "
+        "--moe-router-init init_method"
     )
     assert "8 runs, 0 of them done" in capsys.readouterr().out
+
+
+def test_faster_arms_have_an_entry_of_their_own(tmp_path, monkeypatch):
+    (command,) = started(tmp_path, monkeypatch, "--seeds", "1", "--arms", "gru_fan_in_fast10")
+    assert command[1:4] == ["-m", "studies.router_init.entry", "10"] and "--nproc-per-node" not in command
+    assert command[-2:] == ["--moe-router-init", "fan_in"]
+
+
+def test_routing_parameters_learn_faster_and_decay_as_before(monkeypatch):
+    from megatron.core.optimizer import OptimizerConfig, combine_param_group_overrides
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "get_standard_config_overrides", training.get_standard_config_overrides)
+    entry.multiply_learning_rates(10)
+    found = training.get_standard_config_overrides(OptimizerConfig(lr=1e-3, min_lr=1e-4))
+    matrix, bias, fast = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2)), {"max_lr": 1e-2}
+
+    def of(name, parameter):
+        return combine_param_group_overrides([to for key, to in found.items() if key.matches(parameter, name)])
+
+    for name in ("decoder.layers.0.mlp.router.weight", "decoder.layers.1.mlp.router.routing_layer.projector"):
+        assert of(name, matrix) == fast | {"min_lr": 1e-3, "wd_mult": 0.1}
+    assert of("rnn_router.bias_hh", bias) == fast | {"min_lr": 1e-3, "wd_mult": 0}
+    assert "max_lr" not in of("decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight", matrix)
 
 
 def test_what_is_there_is_left_and_what_is_unfinished_is_not(tmp_path, monkeypatch):
