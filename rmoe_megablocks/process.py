@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import multiprocessing.util
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from typing import TextIO
 
 from rmoe_megablocks.errors import CommonError, LoneError
@@ -65,6 +68,17 @@ def quiet_warnings(speaks: bool) -> None:
         warnings.simplefilter("ignore")
     expected = r"Transformer Engine and Apex are not|Apex is not|Only transformer-engine|Could not determine rank"
     warnings.filterwarnings("ignore", message=expected)
+
+
+@contextlib.contextmanager
+def quiet_logging(level: int = logging.WARNING) -> Iterator[None]:
+    """Drops what is logged up to ``level``; also a decorator. Megatron sends INFO and above to the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Lines:

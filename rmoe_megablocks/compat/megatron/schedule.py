@@ -3,7 +3,6 @@
 import argparse
 import copy
 import functools
-import logging
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +10,21 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
+from rmoe_megablocks.process import quiet_logging
+
 
 def scheduler_of(args: argparse.Namespace) -> OptimizerParamScheduler:
     """The scheduler that Megatron would build for validated ``args``, over no parameters.
 
     training.py:1908 takes its arguments from the global ones, which do not exist yet, and completes them: a copy.
     """
-    own, original, level = copy.copy(args), training.get_args, logging.root.manager.disable
+    own, original = copy.copy(args), training.get_args
     training.get_args = lambda: own
-    logging.disable(logging.WARNING)  # the run says its style itself
     try:
-        return training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+        with quiet_logging():  # the run says its style itself
+            return training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
     finally:
         training.get_args = original
-        logging.disable(level)
 
 
 def load_with(learning_rates: dict[str, tuple[float, float]]) -> None:

@@ -6,10 +6,7 @@ group; a tokenizer takes what loading it takes.
 """
 
 import argparse
-import contextlib
 import copy
-import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 from megatron.core import num_microbatches_calculator, parallel_state
@@ -25,6 +22,7 @@ from rmoe_megablocks.compat.megatron.errors import in_one_line
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checks.refusals import installed
 from rmoe_megablocks.megatron.inputs import batches
+from rmoe_megablocks.process import quiet_logging
 
 _TOKENIZER_PACKAGES = {
     "HuggingFaceTokenizer": "transformers",
@@ -40,7 +38,7 @@ def rehearse(args: argparse.Namespace) -> None:
     """Raises UsageError with the option's name for what Megatron would stop at. ``args`` are validated, and kept."""
     args = copy.copy(args)  # Megatron completes them on the way
     _check_packages(args)
-    with megatron_globals.lent(args), in_one_line(args), _without_logs():
+    with megatron_globals.lent(args), in_one_line(args), quiet_logging():
         Timers(args.timing_log_level, args.timing_log_option)
         _check_groups(args)
         _build_batch_sizes(args)
@@ -48,17 +46,6 @@ def rehearse(args: argparse.Namespace) -> None:
         _build_tokenizer(args)
         _build_model_configuration(args)
         _build_data_configuration(args)
-
-
-@contextlib.contextmanager
-def _without_logs() -> Iterator[None]:
-    """The run itself logs the same again, to its own files."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 def _check_packages(args: argparse.Namespace) -> None:
