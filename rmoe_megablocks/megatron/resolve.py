@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +88,7 @@ def _say(line: str) -> None:
     print(f"rmoe: {line}", file=sys.stderr, flush=True)
 
 
-@quiet_logging(logging.INFO)  # torch and Megatron tell of files that are not there, before the one line about them
+@quiet_logging()  # torch tells of a damaged checkpoint, 2.14 with a traceback, before the one line about it
 def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | None = None) -> Run:
     """Parses and completes ``argv`` and checks everything that can be checked without building a model.
 
