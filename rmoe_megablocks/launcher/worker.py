@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 
 from rmoe_megablocks.errors import UsageError
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
         options.check_under_torchrun(run.own)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
+        elif "WORLD_SIZE" not in os.environ:
+            _meet_oneself()
         # torchrun passes a terminal's Ctrl-C on as SIGINT; Megatron saves a checkpoint on SIGTERM only
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -41,6 +44,15 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         report_from_rank(error)
         return 2
+
+
+def _meet_oneself() -> None:
+    """The rendezvous of a process that nothing else started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
 
 
 if __name__ == "__main__":

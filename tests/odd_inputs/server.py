@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rmoe_megablocks.launcher import worker
-from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -148,7 +147,7 @@ class _Rank:
 
 def _train(asked: dict) -> int:
     os.environ.clear()
-    os.environ.update(asked["env"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(asked["env"])
     sys.argv = [worker.__file__, *asked["argv"]]
     try:
         return worker.main(asked["argv"])
