@@ -1,5 +1,10 @@
 """Command lines of the small model that the distributed tests train, and of the layouts they spread it over."""
 
+import os
+
+#: all layouts, options and routes over ten iterations, not only those of every test run over six
+ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
+ITERATIONS = 10 if ALL_CELLS else 6
 SIZES = {
     "--num-layers": 4,
     "--hidden-size": 48,
@@ -14,7 +19,7 @@ SIZES = {
     "--vocab-size": 256,
     "--micro-batch-size": 2,
     "--global-batch-size": 4,
-    "--train-iters": 10,
+    "--train-iters": ITERATIONS,
 }
 # A large balancing loss and initialisation give the router a share of the gradient norm that a fault in it shows.
 COMMON = (
@@ -24,7 +29,9 @@ COMMON = (
     "--min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 --log-interval 100 --seed 1234 "
     "--hidden-dropout 0 --attention-dropout 0 --num-workers 0"
 ).split()
-BASE = [word for pair in SIZES.items() for word in map(str, pair)] + COMMON
+# Of all cases: RMOE_TEST_OPTIONS="--moe-router-init fan_in --moe-router-rnn-bias" takes them through every layout
+OPTIONS = os.environ.get("RMOE_TEST_OPTIONS", "").split()
+BASE = [word for pair in SIZES.items() for word in map(str, pair)] + COMMON + OPTIONS
 PP2 = "--pipeline-model-parallel-size 2".split()
 PP4 = "--pipeline-model-parallel-size 4".split()
 INTERLEAVED = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]

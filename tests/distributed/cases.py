@@ -6,9 +6,8 @@ docs/layouts.md are made from this file (:mod:`.table`), so each of their cells 
 """
 
 import dataclasses
-import os
 
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import ALL_CELLS, BASE
 from tests.distributed.grid import ALWAYS, GRADIENTS, LAYOUTS, LEFT_OUT, MODES, NOT_ALWAYS, OPTIONS, SHAPES, modes_of
 
 # What a reference in one process is not given: it is the plain way of what these do
@@ -85,10 +84,6 @@ def _reference(shape: str, argv: list[str]) -> str:
 def compared() -> list[Case]:
     """The cases of both tables."""
     return [*_layout_cases(), *_option_cases()]
-
-
-#: all layouts, options and routes, not only those of every test run
-ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
 
 
 def selected() -> list[Case]:

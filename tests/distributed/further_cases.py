@@ -1,7 +1,17 @@
 """Cases beside the two tables: random numbers, planted faults, what is looked into, and ways to another layout."""
 
-from tests.distributed.arguments import BF16, FULL_RECOMPUTE, INTERLEAVED, LINEAR, MOE_RECOMPUTE, PP2, selective
-from tests.distributed.cases import ALL_CELLS, Case, references, selected
+from tests.distributed.arguments import (
+    ALL_CELLS,
+    BF16,
+    FULL_RECOMPUTE,
+    INTERLEAVED,
+    ITERATIONS,
+    LINEAR,
+    MOE_RECOMPUTE,
+    PP2,
+    selective,
+)
+from tests.distributed.cases import Case, references, selected
 from tests.distributed.grid import LAYOUTS, Layout
 
 # Dropout and noise draw other numbers in another layout: recompute is held against none in the same one, bit by bit.
@@ -118,7 +128,7 @@ def drawn() -> list[Case]:
     ]
 
 
-HALF = 5
+HALF = ITERATIONS // 2
 _RESHARDABLE = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 _ASYNC = ("--async-save",)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed import cases, further_cases, grid
-from tests.distributed.arguments import SIZES
+from tests.distributed.arguments import ITERATIONS, SIZES
 
 COMPARED = {case.name: case for case in cases.selected()}
 
@@ -20,7 +20,7 @@ def tolerance(case: cases.Case) -> float:
 @pytest.mark.parametrize("name", COMPARED)
 def test_trains_as_one_process(lab, name):
     case = COMPARED[name]
-    assert len(lab.results[name][0]["loss"]) == 10
+    assert len(lab.results[name][0]["loss"]) == ITERATIONS
     assert lab.deviation(name, case.reference) < tolerance(case)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed import further_cases
+from tests.distributed.arguments import ITERATIONS
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def resumed(lab):
 
 @pytest.mark.parametrize("case", further_cases.second_halves(), ids=lambda case: case.name)
 def test_a_route_continues_the_trajectory(resumed, case):
-    assert len(resumed.results[case.name][0]["loss"]) == 10 - further_cases.HALF
+    assert len(resumed.results[case.name][0]["loss"]) == ITERATIONS - further_cases.HALF
     assert resumed.deviation(case.name, case.reference, first=further_cases.HALF) < 5e-6
 
 

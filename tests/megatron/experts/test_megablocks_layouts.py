@@ -9,11 +9,10 @@ import torch
 
 from rmoe_megablocks.megatron.experts.megablocks_weights import to_megatron
 from tests.distributed import lab
-from tests.distributed.arguments import BASE, FULL_RECOMPUTE, INTERLEAVED, MOE_RECOMPUTE, PP2
-from tests.distributed.cases import ALL_CELLS
+from tests.distributed.arguments import ALL_CELLS, BASE, FULL_RECOMPUTE, INTERLEAVED, ITERATIONS, MOE_RECOMPUTE, PP2
 
-ITERATIONS = 10
-TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]
+HALF = ITERATIONS // 2
+TRAIN = [*BASE, "--num-workers", "0"]
 MEGABLOCKS = "--moe-backend megablocks".split()
 EP2 = "--expert-model-parallel-size 2".split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
@@ -61,7 +60,7 @@ def save(name: str, router: str, *more: str) -> list[str]:
 
 
 def first_half(name: str, router: str, *argv: str) -> dict:
-    return case(name, [*argv, *save(name, router), "--exit-interval", "5"], router)
+    return case(name, [*argv, *save(name, router), "--exit-interval", str(HALF)], router)
 
 
 def cases(processes: int) -> list[dict]:
@@ -169,12 +168,12 @@ def test_a_fault_is_noticed(results, fault):
 @pytest.mark.parametrize("resumed", ["resumed", "resumed megatron", "resumed EP2"])
 def test_optimizer_state_moves_to_the_other_backend(results, resumed):
     """Half of a run with one backend and half with the other are the whole run of one."""
-    assert deviation(results, "megatron gru", f"{resumed} gru", first=6) < 1e-5
+    assert deviation(results, "megatron gru", f"{resumed} gru", first=HALF + 1) < 1e-5
 
 
 def test_the_distributed_optimizer_resumes(results):
     """With its default checkpoint format, which is in the order of the backend's own parameters."""
-    assert deviation(results, "megatron linear", "resumed distributed optimizer linear", first=6) < 1e-5
+    assert deviation(results, "megatron linear", "resumed distributed optimizer linear", first=HALF + 1) < 1e-5
 
 
 def megatron_weights(results, name: str) -> list[dict]:
