@@ -12,10 +12,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 INTRODUCTION = """\
 # What the recurrent router works with
 
-Every cell that says "works" is a training run of ten iterations, six in every test run, whose loss and gradient norm are
-compared, iteration by iteration, with the same model in one process without recompute: within 5e-6 relative in fp32,
-1e-2 in bf16 (where every token takes all experts: rounding moves a token near a tie to another expert, a step that no
-tolerance covers). An empty cell has not been run. `bash tests/run.sh` runs the cells without ¹, on gloo; those with ¹ take longer:
+Every cell that says "works" is a training run of ten iterations, six in every test run, whose loss and gradient norm
+are compared, iteration by iteration, with the same model in one process without recompute: within 5e-6 relative in
+fp32, 1e-2 in bf16 (where every token takes all experts: rounding moves a token near a tie to another expert, a step
+that no tolerance covers). An empty cell has not been run. `bash tests/run.sh` runs the cells without ¹, on gloo; those
+with ¹ take longer:
 
 ```bash
 RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed

@@ -33,7 +33,7 @@ CASES = {
     "learned positions": PP2 + "--position-embedding-type learned_absolute",
     "shared expert": PP2 + "--moe-shared-expert-intermediate-size 64 --moe-shared-expert-gate",
     "padded vocabulary": PP2 + "--vocab-size 1000 --make-vocab-size-divisible-by 96",
-    "no experts": "--num-experts=null --moe-router-type linear --moe-ffn-hidden-size=null "
+    "no experts": "--num-experts=null --moe-router-type linear --moe-router-init=null --moe-ffn-hidden-size=null "
     "--moe-router-rnn-hidden-size=null --moe-aux-loss-coeff=null --moe-token-dispatcher-type=null",
 }
 
