@@ -64,7 +64,10 @@ IDLE = {
     "--no-initialization": "--load",
     "--fault-injector-seed 3": "--fault-injector-num-ranks",
 }
-DENSE = "--num-experts=null --moe-router-type linear --moe-router-init=null --moe-router-rnn-hidden-size=null --moe-ffn-hidden-size=null"
+DENSE = (
+    "--num-experts=null --moe-router-type linear --moe-router-init=null --moe-router-rnn-hidden-size=null "
+    "--moe-ffn-hidden-size=null"
+)
 
 CASES = [
     *(Case(words, f"{TINY} {words}", refused=f" does nothing without {need}") for words, need in IDLE.items()),
