@@ -19,7 +19,7 @@ SIZES = {
     "--vocab-size": 256,
     "--micro-batch-size": 2,
     "--global-batch-size": 4,
-    "--train-iters": ITERATIONS,
+    "--train-iters": 10,
 }
 # A large balancing loss and initialisation give the router a share of the gradient norm that a fault in it shows.
 COMMON = (

@@ -7,7 +7,7 @@ docs/layouts.md are made from this file (:mod:`.table`), so each of their cells 
 
 import dataclasses
 
-from tests.distributed.arguments import ALL_CELLS, BASE
+from tests.distributed.arguments import ALL_CELLS, BASE, ITERATIONS
 from tests.distributed.grid import ALWAYS, GRADIENTS, LAYOUTS, LEFT_OUT, MODES, NOT_ALWAYS, OPTIONS, SHAPES, modes_of
 
 # What a reference in one process is not given: it is the plain way of what these do
@@ -27,7 +27,8 @@ def without_parallelism(argv: list[str]) -> list[str]:
 
 def model(shape: str) -> list[str]:
     """Arguments of a model, without a layout."""
-    return [word for word in BASE if word not in LEFT_OUT.get(shape, ())] + SHAPES[shape]
+    kept = [word for word in BASE if word not in LEFT_OUT.get(shape, ())]
+    return [*kept, "--train-iters", str(ITERATIONS), *SHAPES[shape]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.distributed import lab
 from tests.distributed.arguments import ALL_CELLS, BASE, FULL_RECOMPUTE, INTERLEAVED, ITERATIONS, MOE_RECOMPUTE, PP2
 
 HALF = ITERATIONS // 2
-TRAIN = [*BASE, "--num-workers", "0"]
+TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]
 MEGABLOCKS = "--moe-backend megablocks".split()
 EP2 = "--expert-model-parallel-size 2".split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
