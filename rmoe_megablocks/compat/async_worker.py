@@ -7,6 +7,7 @@ Megatron before CPU mode is there.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -35,7 +36,7 @@ def _unless_of_a_file(unraisable: sys.UnraisableHookArgs) -> None:
 
     Python 3.13 writes a traceback for each; on a full disk they would stand before the line that says so.
     """
-    if not isinstance(unraisable.exc_value, (OSError, ValueError)):
+    if not (isinstance(unraisable.object, io.IOBase) and isinstance(unraisable.exc_value, (OSError, ValueError))):
         sys.__unraisablehook__(unraisable)
 
 

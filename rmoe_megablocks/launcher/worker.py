@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         options.check_under_torchrun(run.own)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
-        elif "WORLD_SIZE" not in os.environ:
+        elif not {"RANK", "WORLD_SIZE"} & os.environ.keys():
             _meet_oneself()
         # torchrun passes a terminal's Ctrl-C on as SIGINT; Megatron saves a checkpoint on SIGTERM only
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

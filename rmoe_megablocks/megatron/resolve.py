@@ -19,7 +19,6 @@ from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
-from rmoe_megablocks.process import quiet_logging
 from rmoe_megablocks.routing import get_router_type
 
 _SAYS_WHERE_TO_START = (
@@ -88,7 +87,6 @@ def _say(line: str) -> None:
     print(f"rmoe: {line}", file=sys.stderr, flush=True)
 
 
-@quiet_logging()  # torch tells of a damaged checkpoint, 2.14 with a traceback, before the one line about it
 def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | None = None) -> Run:
     """Parses and completes ``argv`` and checks everything that can be checked without building a model.
 

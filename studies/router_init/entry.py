@@ -4,6 +4,7 @@ Their learning rate is multiplied and their weight decay divided by it, so that 
 those of ``bash launch/pretrain_rmoe.sh`` in one process.
 """
 
+import argparse
 import functools
 import sys
 
@@ -22,24 +23,26 @@ def multiply_learning_rates(factor: float) -> None:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
     from megatron.training import training
 
+    def key(name: str, dimensions: range) -> ParamKey:
+        def matches(parameter, parameter_name):
+            return parameter.dim() in dimensions and is_routing(parameter_name)
+
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
+
     standard = training.get_standard_config_overrides
+    biases, matrices = key("routing biases", range(1, 2)), key("routing matrices", range(2, 9))
 
     @functools.wraps(standard)
     def overrides(config):
         speed = {"max_lr": config.lr * factor, "min_lr": config.min_lr * factor}
-        return standard(config) | {
-            # biases have no weight decay
-            _key("biases", lambda parameter, name: parameter.dim() == 1 and is_routing(name)): speed,
-            _key("matrices", lambda parameter, name: parameter.dim() > 1 and is_routing(name)): speed
-            | {"wd_mult": 1 / factor},
-        }
-
-    def _key(name, predicate):
-        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"routing {name}", fn=predicate))
+        # biases have no weight decay
+        return standard(config) | {biases: speed, matrices: speed | {"wd_mult": 1 / factor}}
 
     training.get_standard_config_overrides = overrides
 
 
 if __name__ == "__main__":
-    multiply_learning_rates(float(sys.argv.pop(1)))
-    sys.exit(worker.main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m studies.router_init.entry", description=__doc__)
+    parser.add_argument("factor", type=float)
+    multiply_learning_rates(parser.parse_args(sys.argv[1:2]).factor)
+    sys.exit(worker.main(sys.argv[2:]))

@@ -22,13 +22,15 @@ _NOISE = {
     "force load balancing": ["--moe-router-force-load-balancing"],
 }
 _ALL_SELECTIVE = selective("layernorm", "moe", "core_attn")
-_RECOMPUTED_NOISE = [
+_ALWAYS_RECOMPUTED = [
     ("dropout", "", FULL_RECOMPUTE),
     ("dropout", "", _ALL_SELECTIVE),
     ("dropout", "PP2 VPP2", FULL_RECOMPUTE),
     ("input jitter", "", FULL_RECOMPUTE),
     ("force load balancing", "", MOE_RECOMPUTE),
-    # up to here in every test run
+]
+_RECOMPUTED_NOISE = [
+    *_ALWAYS_RECOMPUTED,
     ("dropout", "", "--recompute-granularity full --recompute-method block --recompute-num-layers 3".split()),
     ("dropout", "TP2 SP", FULL_RECOMPUTE),
 ]
@@ -38,7 +40,7 @@ def recomputed_noise(all_of_them: bool = ALL_CELLS) -> list[Case]:
     """Runs with recompute and random numbers; their reference has the same layout and no recompute."""
     return [
         _noisy(noise, layout, recompute, _noisy(noise, layout, []).name)
-        for noise, layout, recompute in (_RECOMPUTED_NOISE if all_of_them else _RECOMPUTED_NOISE[:5])
+        for noise, layout, recompute in (_RECOMPUTED_NOISE if all_of_them else _ALWAYS_RECOMPUTED)
     ]
 
 
@@ -134,7 +136,7 @@ _ASYNC = ("--async-save",)
 
 # From one layout to another: (saved in, its further arguments), (resumed in, its further arguments)
 _Half = tuple[str, tuple[str, ...]]
-ROUTES: list[tuple[_Half, _Half]] = [
+_ALWAYS_ROUTES: list[tuple[_Half, _Half]] = [
     (("1 process", ()), ("PP2 VPP2", ())),
     (("PP2", _ASYNC), ("PP4", ())),
     (("PP2 VPP2", ()), ("TP2 SP ETP2", ())),
@@ -142,14 +144,16 @@ ROUTES: list[tuple[_Half, _Half]] = [
     (("DP2", (*_RESHARDABLE, *_ASYNC)), ("PP2 VPP2", _RESHARDABLE)),
     (("TP2 SP ETP2", _RESHARDABLE), ("CP2", _RESHARDABLE)),
     (("EP2 alltoall", ()), ("TP2 SP EP2", ())),
-    # up to here in every test run
+]
+ROUTES = [
+    *_ALWAYS_ROUTES,
     (("PP2", ("--no-ckpt-fully-parallel-save",)), ("PP2, 1 and 3 layers", ())),
     (("TP2 SP ETP2", ()), ("PP2", ())),
     (("CP2", ()), ("DP2", ())),
     (("PP4", ()), ("1 process", ())),
     (("EP2 alltoall", _RESHARDABLE), ("PP2 EP2", _RESHARDABLE)),
 ]
-_RUN_ROUTES = ROUTES if ALL_CELLS else ROUTES[:7]
+_RUN_ROUTES = ROUTES if ALL_CELLS else _ALWAYS_ROUTES
 
 
 def _spread(layout: str) -> Layout:

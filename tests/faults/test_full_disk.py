@@ -54,7 +54,7 @@ ALL = [
     Case("read-only: data", DATA, "the file system is read-only"),
     Case("denied: tracker", "checkpoints/latest_checkpointed_iteration.txt", DENIED, resumes=6),
 ]
-# Of every test run: a file of each kind. The rest with RMOE_TEST_ALL_FAULTS=1.
+# Of every test run: a file of each kind (config: test_one_of_two_ranks). The rest with RMOE_TEST_ALL_FAULTS=1.
 ALWAYS = ("full: data", f"full: manifest {ASYNC}", "full: tracker", "full: metrics", "full: summary")
 CASES = [case for case in ALL if ALL_FAULTS or case.name in ALWAYS]
 REAL = {"asynchronous": ASYNC} | ({"synchronous": ""} if ALL_FAULTS else {})

@@ -11,6 +11,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints import safety
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
+from rmoe_megablocks.process import quiet_logging
 
 
 def latest_iteration(folder: Path | str | None) -> int | None:
@@ -50,7 +51,9 @@ def saved_state(folder: Path | str, step: int | None = None) -> dict | None:
     if any(checkpoint.glob("mp_rank_*")):  # --ckpt-format torch
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):  # "torch.distributed is uninitialized": it need not be here
+        # "torch.distributed is uninitialized": it need not be here. And what torch logs of a damaged checkpoint, 2.14
+        # with a traceback, would stand before the one line about it.
+        with warnings.catch_warnings(action="ignore"), quiet_logging():
             return load_common_state_dict(str(checkpoint))
     except (KeyboardInterrupt, SystemExit):
         raise

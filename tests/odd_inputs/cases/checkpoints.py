@@ -17,9 +17,14 @@ EMPTY = f"{TINY} {SHORT} --run-name new"
 
 
 @functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="rmoe-odd-inputs-")  # until this process ends
+
+
+@functools.cache
 def trained_run(options: str = "") -> Path:
     """The folder of runs with one of two iterations, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="rmoe-odd-inputs-"), "trained")
+    folder = Path(_scratch().name, options or "trained")
     folder.mkdir()
     code = client().run(f"{SMALL} {options}", folder, {}, trains=True, seconds=120)
     assert code == 0, Path(f"{folder}.err").read_text()
