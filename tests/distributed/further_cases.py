@@ -186,8 +186,17 @@ def second_halves() -> list[Case]:
     return result
 
 
+def _second_halves_in_turn() -> list[Case]:
+    """Those that find their checkpoints when all cases run in the order of their numbers of processes."""
+    return [
+        case
+        for case, ((layout, _), _) in zip(second_halves(), _RUN_ROUTES, strict=True)
+        if _spread(layout).processes <= case.processes
+    ]
+
+
 def everything() -> list[Case]:
-    """All cases, those first whose checkpoints others load."""
+    """All cases, those first whose checkpoints others load, but for second halves in fewer processes."""
     cases = selected()
     return [
         *references(cases),
@@ -198,4 +207,5 @@ def everything() -> list[Case]:
         *looked_into(),
         *drawn(),
         *first_halves(),
+        *_second_halves_in_turn(),
     ]

@@ -19,7 +19,7 @@ that no tolerance covers). An empty cell has not been run. `bash tests/run.sh` r
 with ¹ take longer:
 
 ```bash
-RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed
+RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed tests/megatron/experts
 ```
 
 Nothing here has been run on GPUs. This page is written by `python -m tests.distributed.table`, and a test holds it

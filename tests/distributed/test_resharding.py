@@ -8,7 +8,7 @@ from tests.distributed.arguments import ITERATIONS
 
 @pytest.fixture(scope="module")
 def resumed(lab):
-    """The lab with every route's second half run."""
+    """The lab with every route's second half run; most are."""
     lab.run(further_cases.second_halves())
     return lab
 

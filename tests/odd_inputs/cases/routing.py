@@ -1,7 +1,7 @@
 """Odd options of the router and of its balancing."""
 
 from tests.odd_inputs.case import Case
-from tests.odd_inputs.cases.environment import TINY, would_start
+from tests.odd_inputs.cases.environment import SHORT, TINY, trained, would_start
 
 
 def refused(options: str, line: str) -> Case:
@@ -30,4 +30,11 @@ CASES = [
     works("--moe-router-init fan_in --moe-router-rnn-bias"),
     works("--moe-router-init fan_in --moe-router-type linear"),
     works("--moe-router-rnn-hidden-size 1"),
+    Case(
+        "the linear router in bf16",
+        f"{TINY} {SHORT} --moe-router-type linear --bf16",
+        works=trained,
+        trains=True,
+        seconds=120,
+    ),
 ]
