@@ -2,7 +2,9 @@
 
 import os
 import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -99,10 +101,20 @@ def test_run_directory_that_cannot_be_written(tmp_path):
     assert "--runs-dir: cannot write to" in refusal(tmp_path / "file", "--mock-data")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
-def test_read_only_run_directory(tmp_path):
-    tmp_path.chmod(0o500)
-    assert "--runs-dir: cannot write to" in refusal(tmp_path, "--mock-data")
+@pytest.fixture
+def nobody():
+    """Root may write into any folder: these tests often run as root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+def test_read_only_run_directory(nobody):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are their owner's only, and lie in another of those
+        Path(folder).chmod(0o500)
+        assert "--runs-dir: cannot write to" in refusal(Path(folder), "--mock-data")
 
 
 def test_many_ranks_prove_at_once_that_a_directory_can_be_written(tmp_path):
