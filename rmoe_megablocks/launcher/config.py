@@ -254,7 +254,7 @@ def merge(
     What removes nothing is passed on as typed: who knows Megatron's parser can tell another spelling of the same
     argument from a mistake.
     """
-    merged = groups_of(argv_from_file)
+    merged = _without_foreign(groups_of(argv_from_file), command_line)
     for group in groups_of(command_line):
         name, _, value = group[0].partition("=")
         old = [other for other in merged if other[0].partition("=")[0] == name]
@@ -269,6 +269,30 @@ def merge(
                 continue
         merged.append(group)
     return [token for group in merged for token in group]
+
+
+_ROUTER = "--moe-router-"
+
+
+def _without_foreign(file: list[list[str]], command_line: list[str]) -> list[list[str]]:
+    """The file's arguments without those of other router types than the one that is typed, if one is.
+
+    A file describes its own router; with ``--moe-router-type linear`` typed beside it, gru's arguments say nothing.
+    """
+    option = _ROUTER + "type"
+    typed = [group for group in groups_of(command_line) if group[0].partition("=")[0] == option]
+    if not typed or not any(group[0].startswith(_ROUTER) for group in file):
+        return file
+    # torch comes with it, which the environment's variables are set for by now
+    from rmoe_megablocks.routing import LINEAR, all_arguments, get_router_type
+
+    words = [*typed[-1][0].split("=", 1)[1:], *typed[-1][1:]]
+    try:
+        own = get_router_type(LINEAR if words == ["null"] else " ".join(words)).arguments
+    except ValueError:
+        return file  # whoever parses this says what is wrong with it
+    foreign = {argument.option for argument in all_arguments() if argument not in own}
+    return [group for group in file if group[0].partition("=")[0] not in foreign]
 
 
 def _is_megatron_argument(option: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import megablocks
 import torch
@@ -10,7 +12,17 @@ from megablocks.layers import mpu
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing import INIT_METHOD, RouterType, RoutingConfig, get_router_type
+from rmoe_megablocks.routing import (
+    BIAS,
+    INIT,
+    INIT_METHOD,
+    LINEAR,
+    RNN_INIT,
+    STATE_SIZE,
+    RouterType,
+    RoutingConfig,
+    get_router_type,
+)
 
 # int(ceil(log2(0))) is what ParallelDroplessMLP computes below one block of its sparse matrix, used or not.
 _BLOCK = 128
@@ -32,20 +44,24 @@ class Arguments(megablocks.Arguments):
 
     Args:
         moe_router_type: a name from :func:`rmoe_megablocks.routing.router_types`.
+            or ``module:Class``.
         moe_router_rnn_hidden_size: P, width of the routing state.
         moe_router_rnn_bias: whether projector and router have biases.
-        moe_router_rnn_init: see ``rnn_init`` of :class:`rmoe_megablocks.routing.RoutingConfig`.
-        moe_router_init: see ``layer_init`` there; with ``linear`` the default alone.
+        moe_router_rnn_init: how a recurrent cell is drawn, as ``--moe-router-rnn-init``.
+        moe_router_init: how what a layer owns is drawn, as ``--moe-router-init``; with ``linear`` the default alone.
+        moe_router_options: the type's other arguments by name, ``{"moe_router_recurrence": "detach"}``: those that
+            ``get_router_type(name).arguments`` lists.
         moe_router_dtype: ``"fp32"`` routes in fp32 in a model of another dtype; None in the dtype of the input.
     """
 
     mlp_impl: str = "grouped"
     device: int | torch.device = dataclasses.field(default_factory=_default_device)
     moe_router_type: str = "linear"
-    moe_router_rnn_hidden_size: int = 128
-    moe_router_rnn_bias: bool = False
-    moe_router_rnn_init: str = "standard"
-    moe_router_init: str = INIT_METHOD
+    moe_router_rnn_hidden_size: int = STATE_SIZE.default
+    moe_router_rnn_bias: bool = BIAS.default
+    moe_router_rnn_init: str = RNN_INIT.default
+    moe_router_init: str = INIT.default
+    moe_router_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     moe_router_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,12 +71,13 @@ class Arguments(megablocks.Arguments):
         register()  # a dMoE of these arguments must not silently get MegaBlocks' own router
 
 
-_ROUTER_FIELDS = {field.name: field.default for field in dataclasses.fields(Arguments) if "moe_router" in field.name}
+_FIELDS = {argument.dest: argument for argument in (STATE_SIZE, BIAS, RNN_INIT, INIT)}
+_OTHERS = {"moe_router_type": LINEAR, "moe_router_dtype": None, "moe_router_options": {}}
 
 
 def router_option(args: megablocks.Arguments, name: str):
     """A router argument; its default where ``args`` has none, as MegaBlocks' own Arguments."""
-    return getattr(args, name, _ROUTER_FIELDS[name])
+    return getattr(args, name, _FIELDS[name].default if name in _FIELDS else _OTHERS[name])
 
 
 def router_type(args: megablocks.Arguments) -> RouterType:
@@ -69,16 +86,25 @@ def router_type(args: megablocks.Arguments) -> RouterType:
 
 
 def routing_config(args: megablocks.Arguments) -> RoutingConfig:
-    """Sizes and initialisation of the router. Raises ValueError for a size below 1 or an unknown initialisation."""
-    return RoutingConfig(
+    """Sizes and choices of the router. Raises ValueError for what it does not take, or what does not go together."""
+    kind = router_type(args)
+    own = {argument.dest: argument for argument in kind.arguments}
+    given = {name: router_option(args, name) for name in _FIELDS}
+    given = {name: value for name, value in given.items() if name in own or value != _FIELDS[name].default}
+    given |= router_option(args, "moe_router_options")
+    for name in given:
+        if name not in own:
+            known = ", ".join(own)
+            raise ValueError(f"{name} is no argument of moe_router_type={kind.name!r}, which takes {known}")
+    config = RoutingConfig(
         hidden_size=args.hidden_size,
         num_experts=args.moe_num_experts,
-        state_size=router_option(args, "moe_router_rnn_hidden_size"),
-        bias=router_option(args, "moe_router_rnn_bias"),
-        rnn_init=router_option(args, "moe_router_rnn_init"),
-        layer_init=router_option(args, "moe_router_init"),
+        options={own[name]: value for name, value in given.items()},
+        num_layers=args.num_layers,
         init_method=args.init_method,
     )
+    kind.check(config)
+    return config
 
 
 def router_dtype(args: megablocks.Arguments) -> torch.dtype | None:
@@ -98,7 +124,7 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         raise UsageError(f"moe_top_k must be between 1 and moe_num_experts ({experts}), got {top_k}")
     if router_option(args, "moe_router_dtype") not in (None, "fp32"):
         raise UsageError(f"moe_router_dtype must be None or 'fp32', got {args.moe_router_dtype!r}")
-    if router_option(args, "moe_router_init") != INIT_METHOD and not router_type(args).recurrent:
+    if router_option(args, "moe_router_init") != INIT_METHOD and not router_type(args).replaces_hosts:
         raise UsageError(
             f"moe_router_init={args.moe_router_init!r} does not work with moe_router_type='linear', MegaBlocks' own "
             "router: leave it out, and for torch.nn.Linear's initialisation call layer.router.layer.reset_parameters()"

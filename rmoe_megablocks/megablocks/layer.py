@@ -29,7 +29,7 @@ def _new(cls: type[MoE], *args, **kwargs) -> MoE:
     arguments = args[0] if args else kwargs.get("args")
     if arguments is None or issubclass(cls, RecurrentMoE):  # also what copy and pickle call
         return object.__new__(cls)
-    recurrent = router_type(arguments).recurrent
+    recurrent = router_type(arguments).replaces_hosts
     if recurrent or isinstance(arguments, Arguments):
         check_arguments(arguments, dropless=issubclass(cls, dMoE))
     return object.__new__(_recurrent_class(cls) if recurrent else cls)

@@ -6,9 +6,9 @@ from megablocks import ops
 from megablocks.layers import common, router
 from torch import Tensor, nn
 
-from rmoe_megablocks.megablocks.arguments import router_dtype, routing_config
+from rmoe_megablocks.megablocks.arguments import router_dtype, router_type, routing_config
 from rmoe_megablocks.megablocks.losses import load_balancing_loss, router_z_loss
-from rmoe_megablocks.routing import LayerRouting, StateSlot
+from rmoe_megablocks.routing import StateSlot
 
 
 class RecurrentRouter(router.LearnedRouter):
@@ -23,20 +23,23 @@ class RecurrentRouter(router.LearnedRouter):
         nn.Module.__init__(self)  # the parent would make a gate matrix
         self.args = args
         with torch.device(args.device):
-            self.routing_layer = LayerRouting(routing_config(args)).to(common.dtype(args))
+            self.routing_layer = router_type(args).build_layer(routing_config(args)).to(common.dtype(args))
         self._dtype = router_dtype(args)
-        self._cell: tuple[nn.Module, ...] = ()
+        self._shared: tuple[nn.Module | None, ...] = ()
+        if not router_type(args).shares(self.routing_layer.config):
+            self._shared = (None,)
         self.slot = StateSlot()
         self._aux_loss: Tensor | None = None
 
-    def bind(self, cell: nn.Module) -> None:
-        """Sets the recurrence that all layers share. Kept in a tuple: it is not this module's child."""
-        self._cell = (cell,)
+    def bind(self, shared: nn.Module | None, index: int) -> None:
+        """Sets what all layers share, and this one's place among them. Kept in a tuple: it is not a child."""
+        self._shared = (shared,)
+        self.routing_layer.index = index
 
     @property
     def bound(self) -> bool:
         """Whether :meth:`bind` was called."""
-        return bool(self._cell)
+        return bool(self._shared)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., H] -> scores [T, E], expert weights [T, K] in the dtype of x, experts [T, K]; the loss is kept.
@@ -45,11 +48,11 @@ class RecurrentRouter(router.LearnedRouter):
             RoutingStateError: called a second time for one state, or without one.
             ValueError: a state of other tokens, width, dtype or device than x's.
         """
-        args, (cell,) = self.args, self._cell
+        args, (shared,) = self.args, self._shared
         dtype = x.dtype
         if self.training and args.moe_jitter_eps is not None:
             x = x * self.jitter(x)
-        logits = self.slot.step(lambda h: self.routing_layer(x, h, cell, self._dtype))
+        logits = self.slot.step(lambda h: self.routing_layer(x, h, shared, self._dtype))
         logits_TE = logits.reshape(-1, args.moe_num_experts)
         scores_TE = logits_TE.softmax(-1)
         weights_TK, experts_TK = self._top_k(scores_TE)

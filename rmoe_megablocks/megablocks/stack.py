@@ -13,10 +13,10 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megablocks.arguments import router_option, router_type, routing_config
 from rmoe_megablocks.megablocks.layer import RecurrentMoE, returns_bias
 from rmoe_megablocks.megablocks.router import RecurrentRouter
-from rmoe_megablocks.routing.registry import SharedCell
+from rmoe_megablocks.routing import SharedRouting
 
 
-def share_recurrence(model: nn.Module | Iterable[nn.Module]) -> SharedCell:
+def share_recurrence(model: nn.Module | Iterable[nn.Module]) -> SharedRouting | None:
     """Builds the recurrence for the MoE layers in ``model`` and gives it to all of them.
 
     Call it once, when all layers are there. The layers do not register it: make it a submodule of the model, so that
@@ -26,7 +26,8 @@ def share_recurrence(model: nn.Module | Iterable[nn.Module]) -> SharedCell:
         model: a module or several, searched for layers with a recurrent router.
 
     Returns:
-        The module with the shared parameters, in the dtype and on the device of the layers' arguments.
+        The module with the shared parameters, in the dtype and on the device of the layers' arguments; None of a type
+        whose layers share nothing, as ``mlp``.
 
     Raises:
         UsageError: no such layer, layers that cannot share a recurrence or have one, or another number of them than
@@ -39,17 +40,27 @@ def share_recurrence(model: nn.Module | Iterable[nn.Module]) -> SharedCell:
         raise UsageError("no layer with a recurrent router: build dMoE or MoE with moe_router_type='gru'")
     _check_agreement(routers)
     args = routers[0].args
-    with torch.device(args.device):
-        cell = router_type(args).build_shared(routing_config(args)).to(common.dtype(args))
-    for router in routers:
-        router.bind(cell)
-    return cell
+    config = routing_config(args)
+    shared = None
+    if router_type(args).shares(config):
+        with torch.device(args.device):
+            shared = router_type(args).build_shared(config).to(common.dtype(args))
+    for index, router in enumerate(routers):
+        router.bind(shared, index)
+    return shared
 
 
 def _check_agreement(routers: list[RecurrentRouter]) -> None:
-    if any(router.bound for router in routers):
+    first = routers[0].args
+    if router_type(first).shares(routing_config(first)) and any(router.bound for router in routers):
         raise UsageError("these layers share a recurrence already: call share_recurrence or RecurrentStack once")
-    names = ("moe_router_type", "moe_router_rnn_hidden_size", "moe_router_rnn_init", "moe_router_dtype")
+    names = (
+        "moe_router_type",
+        "moe_router_rnn_hidden_size",
+        "moe_router_rnn_init",
+        "moe_router_dtype",
+        "moe_router_options",
+    )
     for name in names:
         _agree(name, (router_option(router.args, name) for router in routers))
     for name in ("num_layers", "moe_loss_weight", "device"):

@@ -17,54 +17,18 @@ from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron.dead_arguments import refuse_dead_arguments
 from rmoe_megablocks.compat.megatron.errors import in_one_line
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, parser
+from rmoe_megablocks.megatron import balancing, parser, router_arguments
 from rmoe_megablocks.megatron.checks import values
 from rmoe_megablocks.megatron.checks.refusals import check_router_arguments, installed
 from rmoe_megablocks.megatron.experts import backend
-from rmoe_megablocks.routing import LAYER_INITS, get_router_type, router_types
-from rmoe_megablocks.routing.config import RNN_INITS
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are a little longer
 
 
 def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the router's arguments; usable as Megatron's ``extra_args_provider``."""
-    group = parser.add_argument_group("recurrent router")
-    group.add_argument(
-        "--moe-router-type",
-        choices=router_types(),
-        default="linear",
-        help="How router logits come about. "
-        + "; ".join(f"{name}: {get_router_type(name).summary}" for name in router_types()),
-    )
-    group.add_argument(
-        "--moe-router-rnn-hidden-size",
-        type=_positive,
-        default=128,
-        metavar="P",
-        help="Width of the routing state that a recurrent router hands from layer to layer.",
-    )
-    group.add_argument(
-        "--moe-router-rnn-bias",
-        action="store_true",
-        help="Biases in a recurrent router's projectors and router matrices.",
-    )
-    group.add_argument(
-        "--moe-router-rnn-init",
-        choices=RNN_INITS,
-        default="standard",
-        help="Initialisation of the recurrent cell, weights and biases alike: uniform in +-1/sqrt(P), which is "
-        "torch's and the 0.91B run's, or the model's own (--init-method-std), which is the released code's.",
-    )
-    group.add_argument(
-        "--moe-router-init",
-        choices=LAYER_INITS,
-        default="init_method",
-        help="Initialisation of what each layer owns of its router, gru's projector and router matrix or the linear "
-        "router's matrix. init_method (the default): the model's own, as the paper's 0.91B run; gru's biases are 0. "
-        "fan_in: uniform in +-1/sqrt(inputs), biases too, which is torch.nn.Linear's and the paper's small models'. "
-        "With init_method a gru router's logits shrink with hidden size and P: at small sizes its gates start flat.",
-    )
+    group = parser.add_argument_group("router")
+    router_arguments.add_arguments(group)
     group.add_argument(
         "--moe-router-upcycle",
         action="store_true",

@@ -21,7 +21,7 @@ from rmoe_megablocks.megatron.checks import refusals, startup
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
-from rmoe_megablocks.routing import INIT_METHOD, get_router_type
+from rmoe_megablocks.routing import INIT_METHOD, all_arguments, get_router_type
 
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -101,13 +101,12 @@ def _check_parsed(args: argparse.Namespace) -> None:
         _check_router(args)
 
 
-_OURS = ("--moe-router-type", "--moe-router-rnn-", "--moe-router-init", "--moe-backend", "--moe-aux-loss-reduction")
-
-
 def _check_router(args: argparse.Namespace) -> None:
     options = _typed_options()
     if args.yaml_cfg is not None:  # the file has replaced all arguments, ours are not in it
-        named = sorted(option for option in options if option.startswith(_OURS))
+        ours = {"--moe-router-type", "--moe-backend", "--moe-aux-loss-reduction"}
+        ours |= {argument.option for argument in all_arguments()}
+        named = sorted(ours & options)
         if named or getattr(args, "moe_router_type", "linear") != "linear":
             raise UsageError(f"{[*named, '--moe-router-type'][0]} does not work with --yaml-cfg: use arguments")
         args.moe_router_type, args.moe_backend, args.moe_aux_loss_reduction = "linear", MEGATRON, balancing.SUM
@@ -136,7 +135,7 @@ def _check_model(model_config: object) -> None:
 
 def _asked_for(args: argparse.Namespace) -> str | None:
     """The first option that Megatron's own model would not follow."""
-    if get_router_type(args.moe_router_type).recurrent:
+    if get_router_type(args.moe_router_type).replaces_hosts:
         return f"--moe-router-type {args.moe_router_type}"
     if args.moe_router_init != INIT_METHOD:
         return f"--moe-router-init {args.moe_router_init}"

@@ -7,19 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron import arguments, router_arguments
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, options, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checks import refusals, rehearsal
 from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
 from rmoe_megablocks.megatron.monitoring import nonfinite
-from rmoe_megablocks.megatron.recurrence.install import routing_config
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
-from rmoe_megablocks.routing import get_router_type
 
 _SAYS_WHERE_TO_START = (
     *("load", "ckpt_step", "pretrained_checkpoint", "exit_on_missing_checkpoint"),
@@ -203,13 +199,11 @@ def _is_empty(folder: str) -> bool:
 
 def choose_optimizer_checkpoint(args: argparse.Namespace) -> list[str]:
     """Picks the optimizer checkpoint format that can hold a small shared recurrence over many data-parallel ranks."""
-    router_type = get_router_type(args.moe_router_type)
-    if not (router_type.recurrent and args.use_distributed_optimizer) or args.dist_ckpt_optim_fully_reshardable:
+    router_type = router_arguments.router_type(args)
+    if not (router_type.replaces_hosts and args.use_distributed_optimizer) or args.dist_ckpt_optim_fully_reshardable:
         return []
     ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    if fits_default_optimizer_checkpoint(router_type, routing_config(args, torch.nn.init.zeros_), ranks):
+    if fits_default_optimizer_checkpoint(router_type, router_arguments.routing_config(args), ranks):
         return []
     args.dist_ckpt_optim_fully_reshardable = True
-    return [
-        "the shared recurrence is too small for the default optimizer checkpoint: --dist-ckpt-optim-fully-reshardable"
-    ]
+    return ["what layers share is too small for the default optimizer checkpoint: --dist-ckpt-optim-fully-reshardable"]

@@ -14,7 +14,7 @@ from rmoe_megablocks.data import DataError, DatasetMetadata
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import options
 from rmoe_megablocks.planning.counts.routing import RoutingCost, measure
-from rmoe_megablocks.routing import RoutingConfig, get_router_type
+from rmoe_megablocks.routing import Argument, all_arguments, get_router_type
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,20 @@ _POSITIVE = (
 
 def is_argument(option: str) -> bool:
     """Whether Megatron or the package has an argument so spelled."""
-    return option in _parser()._option_string_actions
+    return option in _parser(all_arguments())._option_string_actions
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = _parser()
-    from rmoe_megablocks.megatron import arguments
+    megatron_cpu.install(announce=False)  # nothing runs here
+    from rmoe_megablocks.megatron import arguments, router_arguments
 
-    return arguments.parse(argv), parser
+    router_arguments.load_named_type(argv)
+    return arguments.parse(argv), _parser(all_arguments())
 
 
 @functools.cache
-def _parser() -> argparse.ArgumentParser:
+def _parser(of_routers: tuple[Argument, ...]) -> argparse.ArgumentParser:
+    """A parser with ``of_routers`` among its arguments: of all router types known by now."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about kernels that a plan does not need
         megatron_cpu.install(announce=False)  # nothing runs here
@@ -229,7 +231,7 @@ def _check_model(args: argparse.Namespace, s: Settings) -> None:
         ),
         (s.shared_expert_gate and not s.shared_expert_size, "--moe-shared-expert-gate without a shared expert"),
         (
-            not s.num_experts and get_router_type(s.router_type).recurrent,
+            not s.num_experts and get_router_type(s.router_type).replaces_hosts,
             f"--moe-router-type {s.router_type}: the model has no experts to route to; set --num-experts",
         ),
         (args.bf16 and args.fp16, "--fp16 and --bf16 exclude each other"),
@@ -240,14 +242,14 @@ def _check_model(args: argparse.Namespace, s: Settings) -> None:
 
 def _routing(args: argparse.Namespace, dtype_bytes: int, router_dtype_bytes: int) -> RoutingCost | None:
     router_type = get_router_type(args.moe_router_type)
-    if not router_type.recurrent:
+    if not router_type.replaces_hosts:
         return None
-    config = RoutingConfig(
-        hidden_size=args.hidden_size,
-        num_experts=args.num_experts,
-        state_size=args.moe_router_rnn_hidden_size,
-        bias=args.moe_router_rnn_bias,
-    )
+    from rmoe_megablocks.megatron import router_arguments
+
+    try:
+        config = router_arguments.routing_config(args)
+    except ValueError as error:
+        raise UsageError(f"--moe-router-type {args.moe_router_type}: {error}") from None
     return measure(router_type, config, dtype_bytes, router_dtype_bytes)
 
 

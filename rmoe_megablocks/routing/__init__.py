@@ -1,28 +1,54 @@
 """The routing mathematics in plain torch: no Megatron, no MegaBlocks.
 
-Read :mod:`.reference` for the equations, :mod:`.registry` for the router types and how wide a state each
-carries, :mod:`.layer` for what every MoE layer owns, :mod:`.gru` for what all layers share and :mod:`.state` for how
-a state stays with the call it belongs to.
+Read :mod:`.reference` for the equations, :mod:`.layer` for what a router type is, :mod:`.types` for those there are,
+:mod:`.registry` for how hosts find them and :mod:`.state` for how a state stays with the call it belongs to.
 """
 
-from rmoe_megablocks.routing import gru as _gru  # noqa: F401  registers "gru"
+from rmoe_megablocks.routing import types as _types  # noqa: F401  registers them
+from rmoe_megablocks.routing.arguments import Argument, above_zero, at_least, not_negative
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import FAN_IN, INIT_METHOD, LAYER_INITS, fan_in_
-from rmoe_megablocks.routing.layer import LayerRouting
-from rmoe_megablocks.routing.registry import RouterType, get_router_type, register, router_types
+from rmoe_megablocks.routing.initialisation import FAN_IN, INIT, INIT_METHOD, LAYER_INITS, draw, fan_in_
+from rmoe_megablocks.routing.layer import RECURRENCE, RESIDUAL, RouterLayer
+from rmoe_megablocks.routing.recurrent import BIAS, HEAD, RNN_INIT, STATE_SIZE
+from rmoe_megablocks.routing.registry import (
+    LINEAR,
+    RouterType,
+    all_arguments,
+    get_router_type,
+    owners,
+    register,
+    router_types,
+)
+from rmoe_megablocks.routing.shared import SharedRouting
 from rmoe_megablocks.routing.state import RoutingStateError, StateSlot
 
 __all__ = [
+    "BIAS",
     "FAN_IN",
+    "HEAD",
+    "INIT",
     "INIT_METHOD",
     "LAYER_INITS",
-    "LayerRouting",
+    "LINEAR",
+    "RECURRENCE",
+    "RESIDUAL",
+    "RNN_INIT",
+    "STATE_SIZE",
+    "Argument",
+    "RouterLayer",
     "RouterType",
     "RoutingConfig",
     "RoutingStateError",
+    "SharedRouting",
     "StateSlot",
+    "above_zero",
+    "all_arguments",
+    "at_least",
+    "draw",
     "fan_in_",
     "get_router_type",
+    "not_negative",
+    "owners",
     "register",
     "router_types",
 ]

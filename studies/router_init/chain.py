@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from rmoe_megablocks.routing import LAYER_INITS, LayerRouting, get_router_type
+from rmoe_megablocks.routing import LAYER_INITS, get_router_type
 from studies.router_init import initial
 
 CONFIGURATIONS = ("tiny", "rmoe_enwik8_small", "rmoe_0.9b_8xa100")
@@ -59,9 +59,10 @@ def by_layer(of: initial.Sizes, init: str, seed: int = 1) -> list[tuple[float, f
 def _squares(of: initial.Sizes, init: str) -> Tensor:
     """[layers, 5]: mean squares of x', h and logits, the latter two also of their means over tokens."""
     config = initial.routing_config(of, init)
-    cell, h_TP, found = get_router_type("gru").build_shared(config), None, []
+    gru = get_router_type("gru")
+    cell, h_TP, found = gru.build_shared(config), None, []
     for _ in range(of.layers):
-        layer, x_TH = LayerRouting(config), initial.inputs(of)
+        layer, x_TH = gru.build_layer(config), initial.inputs(of)
         logits_TE, h_TP = layer(x_TH, h_TP, cell)
         centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
         projected_TP = x_TH @ layer.projector.T + (0 if layer.projector_bias is None else layer.projector_bias)

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from rmoe_megablocks.launcher.config import load_config
-from rmoe_megablocks.routing import FAN_IN, LAYER_INITS, LayerRouting, RoutingConfig, fan_in_, get_router_type
+from rmoe_megablocks.routing import (
+    BIAS,
+    FAN_IN,
+    INIT,
+    LAYER_INITS,
+    RNN_INIT,
+    STATE_SIZE,
+    RoutingConfig,
+    fan_in_,
+    get_router_type,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _TOKENS, _DRAWS = 128, 8
@@ -107,9 +117,8 @@ def by_layer(of: Sizes, router: str, init: str, seed: int = 1) -> list[float]:
 
 def routing_config(of: Sizes, init: str) -> RoutingConfig:
     """What the routers of a configuration are built from."""
-    return RoutingConfig(
-        of.hidden_size, of.experts, of.state_size, of.bias, of.rnn_init, layer_init=init, init_method=_normal(of.std)
-    )
+    options = {STATE_SIZE: of.state_size, BIAS: of.bias, RNN_INIT: of.rnn_init, INIT: init}
+    return RoutingConfig(of.hidden_size, of.experts, options, init_method=_normal(of.std))
 
 
 def _normal(std: float) -> functools.partial:
@@ -120,9 +129,10 @@ def _variances(of: Sizes, router: str, init: str) -> list[float]:
     if router == "linear":
         return [_variance(inputs(of) @ _linear_weight(of, init).T) for _ in range(of.layers)]
     config = routing_config(of, init)
-    cell, h_TP, found = get_router_type(router).build_shared(config), None, []
+    kind = get_router_type(router)
+    cell, h_TP, found = kind.build_shared(config), None, []
     for _ in range(of.layers):
-        logits_TE, h_TP = LayerRouting(config)(inputs(of), h_TP, cell)
+        logits_TE, h_TP = kind.build_layer(config)(inputs(of), h_TP, cell)
         found.append(_variance(logits_TE))
     return found
 

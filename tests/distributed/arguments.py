@@ -44,7 +44,8 @@ FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --reco
 BF16 = "--bf16 --moe-router-dtype fp32".split()
 # Rounding sends a token near a tie to another expert, a step that no tolerance covers: here every expert is taken
 BF16_ALL_EXPERTS = [*BF16, "--moe-router-topk", "4"]
-LINEAR = ["--moe-router-type", "linear"]
+# BASE's argument of gru is taken back
+LINEAR = ["--moe-router-type", "linear", "--moe-router-rnn-hidden-size=null"]
 
 
 def selective(*modules: str) -> list[str]:

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from rmoe_megablocks.routing import LAYER_INITS, LayerRouting, RoutingConfig, fan_in_, get_router_type
+from rmoe_megablocks.routing import INIT, LAYER_INITS, RouterLayer, RoutingConfig, fan_in_
+from tests.routing.built import config_of, layer_of, shared_of
 
 H, P, E = 512, 256, 64
 
 
-def drawn(layer_init: str, bias: bool, **sizes) -> LayerRouting:
+def drawn(layer_init: str, bias: bool, **sizes) -> RouterLayer:
     torch.manual_seed(0)
     values = dict(hidden_size=H, num_experts=E, state_size=P) | sizes
-    return LayerRouting(RoutingConfig(**values, bias=bias, layer_init=layer_init))
+    return layer_of(config_of(**values, bias=bias, layer_init=layer_init))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -52,23 +53,23 @@ def test_init_method_draws_the_matrices_in_turn_and_nothing_else(bias):
     assert torch.equal(torch.rand(1), following)
     assert torch.equal(layer.projector, projector) and torch.equal(layer.router, router)
     assert not bias or not (layer.projector_bias.any() or layer.router_bias.any())
-    assert RoutingConfig(H, E).layer_init == "init_method"
+    assert RoutingConfig(H, E)[INIT] == "init_method"
 
 
 def test_fan_in_asks_no_init_method():
     def init_method(weight):
         raise AssertionError("asked")
 
-    config = RoutingConfig(H, E, P, layer_init="fan_in", init_method=init_method)
-    layer = LayerRouting(config)
+    config = config_of(H, E, P, layer_init="fan_in", init_method=init_method)
+    layer = layer_of(config)
     before = layer.projector.clone()
     layer.reset_parameters()
     assert not torch.equal(layer.projector, before) and layer.projector.abs().max() <= 1 / math.sqrt(H)
 
 
 def test_gradients_know_nothing_of_how_the_weights_were_drawn():
-    config = RoutingConfig(16, 4, 8, bias=True)
-    cell = get_router_type("gru").build_shared(config)
+    config = config_of(16, 4, 8, bias=True)
+    cell = shared_of(config)
     x, h, weight = torch.randn(5, 16), torch.randn(5, 8), torch.randn(5, 4)
     layers = [drawn(init, True, hidden_size=16, num_experts=4, state_size=8) for init in LAYER_INITS]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -90,8 +91,8 @@ def test_one_input_and_a_lone_matrix():
 
 @pytest.mark.parametrize("name", ["zeros", None, "FAN_IN"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match=f"layer_init must be one of init_method, fan_in, got {name!r}"):
-        RoutingConfig(8, 4, 4, layer_init=name)
+    with pytest.raises(ValueError, match="moe_router_init must be (one of init_method, fan_in|a word), got"):
+        config_of(8, 4, 4, layer_init=name)
 
 
 @pytest.mark.parametrize("sizes", [(128, 64), (264, 128), (1280, 128)])

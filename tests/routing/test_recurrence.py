@@ -6,22 +6,23 @@ import pytest
 import torch
 
 from rmoe_megablocks.kernels import gru_step, linear_in_dtype
-from rmoe_megablocks.routing import LayerRouting, RoutingConfig, get_router_type, reference
+from rmoe_megablocks.routing import RouterLayer, reference
+from tests.routing.built import config_of, layer_of, shared_of
 
 T, H, P, E, LAYERS = 7, 12, 5, 4, 3
 DOUBLE = torch.float64
 
 
-def stack(bias: bool, seed: int = 0) -> tuple[list[LayerRouting], torch.nn.Module]:
+def stack(bias: bool, seed: int = 0) -> tuple[list[RouterLayer], torch.nn.Module]:
     """Layers and shared cell in float64 with weights large enough to saturate nothing and hide nothing."""
     torch.manual_seed(seed)
-    config = RoutingConfig(H, E, P, bias=bias, init_method=lambda w: torch.nn.init.normal_(w, std=0.5))
-    layers = [LayerRouting(config).to(DOUBLE) for _ in range(LAYERS)]
+    config = config_of(H, E, P, bias=bias, init_method=lambda w: torch.nn.init.normal_(w, std=0.5))
+    layers = [layer_of(config).to(DOUBLE) for _ in range(LAYERS)]
     for layer in layers:
         for parameter in layer.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter)
-    return layers, get_router_type("gru").build_shared(config).to(DOUBLE)
+    return layers, shared_of(config).to(DOUBLE)
 
 
 def run(layers, cell, inputs):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rmoe_megablocks.routing import LayerRouting, RoutingConfig, get_router_type, reference
+from rmoe_megablocks.routing import reference
+from tests.routing.built import config_of, layer_of, shared_of
 
 pytestmark = pytest.mark.gpu
 T, H, P, E, LAYERS = 512, 256, 128, 16, 3
@@ -12,9 +13,9 @@ T, H, P, E, LAYERS = 512, 256, 128, 16, 3
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_layers_in_fp32_equal_the_equations(hidden_dtype):
     torch.manual_seed(0)
-    config = RoutingConfig(H, E, P, bias=True, init_method=lambda w: torch.nn.init.normal_(w, std=0.1))
-    layers = [LayerRouting(config).cuda() for _ in range(LAYERS)]
-    cell = get_router_type("gru").build_shared(config).cuda()
+    config = config_of(H, E, P, bias=True, init_method=lambda w: torch.nn.init.normal_(w, std=0.1))
+    layers = [layer_of(config).cuda() for _ in range(LAYERS)]
+    cell = shared_of(config).cuda()
     inputs = [torch.randn(T, H, device="cuda").to(hidden_dtype) for _ in range(LAYERS)]
     weights = [torch.randn(T, E, device="cuda") for _ in range(LAYERS)]
     parameters = [p for module in (*layers, cell) for p in module.parameters()]

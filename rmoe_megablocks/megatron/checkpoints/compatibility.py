@@ -12,6 +12,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints import safety
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.process import quiet_logging
+from rmoe_megablocks.routing import get_router_type
 
 
 def latest_iteration(folder: Path | str | None) -> int | None:
@@ -132,12 +133,12 @@ def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> N
         )
     if option == "--load":  # only weights are taken from the other
         _check_optimizer_state_fits(args, saved)
-    for name in ("moe_router_rnn_hidden_size", "moe_router_rnn_bias"):
-        ours, theirs = getattr(args, name), getattr(saved, name, None)
-        if args.moe_router_type != "linear" and ours != theirs:
-            width = "--" + name.replace("_", "-")
+    for argument in get_router_type(args.moe_router_type).arguments:
+        ours = getattr(args, argument.dest)
+        theirs = getattr(saved, argument.dest, argument.default)  # as before there was the argument
+        if argument.kept and ours != theirs:
             raise UsageError(
-                f"{option} {folder}: the checkpoint was trained with {width} {theirs}, this run has {ours}"
+                f"{option} {folder}: the checkpoint was trained with {argument.option} {theirs}, this run has {ours}"
             )
 
 

@@ -27,7 +27,7 @@ def choose(args: argparse.Namespace) -> list[str]:
     """
     if not args.moe_router_upcycle:
         return []
-    if not get_router_type(args.moe_router_type).recurrent:
+    if not get_router_type(args.moe_router_type).replaces_hosts:
         raise UsageError(f"{OPTION} turns a linear checkpoint into a recurrent model: add --moe-router-type gru")
     if (iteration := _iteration(args.save, "--save")) is not None:
         if _router_of(args.save, "--save", iteration) == "linear":

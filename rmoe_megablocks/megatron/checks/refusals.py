@@ -5,10 +5,10 @@ import importlib.util
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing
+from rmoe_megablocks.megatron import balancing, router_arguments
 from rmoe_megablocks.megatron.checks import unproven
 from rmoe_megablocks.megatron.experts import backend
-from rmoe_megablocks.routing import FAN_IN, get_router_type
+from rmoe_megablocks.routing import FAN_IN
 
 
 def installed(module: str) -> bool:
@@ -21,16 +21,15 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     _check_context_parallel(args)
     backend.check_backend(args)
     balancing.check_reduction(args)
-    options = sorted(
-        option for option in args.explicit if option.startswith(("--moe-router-rnn-", "--moe-router-init"))
-    )
-    recurrent = get_router_type(args.moe_router_type).recurrent
+    options = sorted(argument.option for argument in router_arguments.named(args.explicit))
+    replaced = router_arguments.router_type(args).replaces_hosts
     if not args.num_experts:
-        if recurrent or options:
-            option = "--moe-router-type " + args.moe_router_type if recurrent else options[0]
+        if replaced or options:
+            option = "--moe-router-type " + args.moe_router_type if replaced else options[0]
             raise UsageError(f"{option}: the model has no experts to route to; set --num-experts")
         return
-    if not recurrent:
+    router_arguments.check(args)
+    if not replaced:
         _check_linear(args)
         return
     check_available(args)

@@ -62,7 +62,8 @@ class RoutingHealth:
     def _add(self, router: TopKRouter, logits: Tensor, routing_map_TE: Tensor) -> None:
         scores_TE = torch.log_softmax(logits.reshape(-1, self.num_experts).float(), dim=-1)
         probs_TE = scores_TE.exp()
-        state_norm = router.state.float().norm(dim=-1).sum() if isinstance(router, RecurrentTopKRouter) else 0.0
+        state = router.state if isinstance(router, RecurrentTopKRouter) else None
+        state_norm = 0.0 if state is None else state.float().norm(dim=-1).sum()
         experts = self.num_experts
         # multi-token prediction layers are numbered on their own
         row = self._sums_LC[router.layer_number - 1 + router.is_mtp_layer * self._num_layers]

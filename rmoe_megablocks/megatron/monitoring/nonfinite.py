@@ -136,7 +136,7 @@ class _RouterWatch:
         layer = router.layer_number - 1 + router.is_mtp_layer * self.num_layers  # those are numbered on their own
         largest = self.largest_logit_L[layer]
         torch.maximum(largest, logits_TE.detach().abs().amax().float(), out=largest)
-        if isinstance(router, RecurrentTopKRouter):
+        if isinstance(router, RecurrentTopKRouter) and router.state is not None:
             self.state_norm_L[layer] += torch.linalg.vector_norm(router.state.detach().float(), dim=-1).sum()
             self.tokens_L[layer] += router.state.shape[:-1].numel()
 

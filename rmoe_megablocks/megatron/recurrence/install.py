@@ -13,7 +13,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing
+from rmoe_megablocks.megatron import balancing, router_arguments
 from rmoe_megablocks.megatron.checkpoints import upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.recurrence import stage_boundary
@@ -21,7 +21,7 @@ from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer, Recurre
 from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
 from rmoe_megablocks.megatron.recurrence.shared import SharedRecurrence
 from rmoe_megablocks.megatron.recurrence.stage_boundary import StateP2PCommunicator
-from rmoe_megablocks.routing import FAN_IN, RouterType, RoutingConfig, get_router_type
+from rmoe_megablocks.routing import FAN_IN, RouterType, get_router_type
 
 
 def install_router(model_config: GPTModelConfig, args) -> None:
@@ -35,8 +35,8 @@ def install_router(model_config: GPTModelConfig, args) -> None:
         args: parsed arguments, see :mod:`rmoe_megablocks.megatron.arguments`.
     """
     balancing.apply_reduction(model_config.transformer, args)
-    router_type = get_router_type(args.moe_router_type)
-    if router_type.recurrent:
+    router_type = router_arguments.router_type(args)
+    if router_type.replaces_hosts:
         _install_recurrence(model_config, args, router_type)
     elif args.moe_router_init == FAN_IN:
         _install_fan_in(model_config)
@@ -49,7 +49,7 @@ def install_router(model_config: GPTModelConfig, args) -> None:
 def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterType) -> None:
     config = model_config.transformer
     config.moe_router_type = router_type.name
-    config.routing = routing_config(args, config.init_method)
+    config.routing = router_arguments.routing_config(args, config.init_method)
     config.router_state_size = router_type.state_size(config.routing)
     config.has_cond_embedder = True  # finalize_model_grads sums the gradients of SharedRecurrence over stages
     model_config.transformer_layer_spec = recurrent_block_spec
@@ -58,19 +58,6 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
         model_config.pre_wrap_hooks.append(partial(upcycling.keep_fresh_routing, args=args))
     megatron_hooks.use_p2p_communicator(StateP2PCommunicator)
     megatron_hooks.change_mtp_layers(_mtp_layer_spec)
-
-
-def routing_config(args, init_method) -> RoutingConfig:
-    """The router's sizes and initialisation from parsed arguments."""
-    return RoutingConfig(
-        hidden_size=args.hidden_size,
-        num_experts=args.num_experts,
-        state_size=args.moe_router_rnn_hidden_size,
-        bias=args.moe_router_rnn_bias,
-        rnn_init=args.moe_router_rnn_init,
-        layer_init=args.moe_router_init,
-        init_method=init_method,
-    )
 
 
 def _install_fan_in(model_config: GPTModelConfig) -> None:
@@ -136,13 +123,16 @@ def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
     Runs before Megatron wraps the chunks in Float16Module and DDP, so that both see the shared parameters. They
     are registered at model level: their name does not depend on which layers a stage holds.
     """
-    shared = SharedRecurrence(chunks[0].config, chunks[0].pg_collection, seed)
-    chunks[0].rnn_router = shared  # last submodule: see SharedRecurrence
+    config, shared = chunks[0].config, None
+    if get_router_type(config.moe_router_type).shares(config.routing):
+        shared = SharedRecurrence(config, chunks[0].pg_collection, seed)
+        chunks[0].rnn_router = shared  # last submodule: see SharedRecurrence
     for chunk in chunks:
-        stage_boundary.connect(chunk)
+        if config.router_state_size:
+            stage_boundary.connect(chunk)
         routers = [module for module in chunk.modules() if isinstance(module, RecurrentTopKRouter)]
         for router in routers:
             router.bind(shared)
-        if chunk is chunks[0] and not routers:
-            chunk.decoder.register_forward_hook(shared.report_no_gradient)
+        if chunk is chunks[0] and shared is not None:
+            shared.report_unused(chunk, {router.routing_layer.index for router in routers})
     return chunks

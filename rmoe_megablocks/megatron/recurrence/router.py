@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from rmoe_megablocks.routing import LayerRouting, StateSlot, fan_in_
+from rmoe_megablocks.routing import StateSlot, fan_in_, get_router_type
 
 
 class FanInTopKRouter(TopKRouter):
@@ -28,23 +28,28 @@ class RecurrentTopKRouter(TopKRouter):
     """
 
     def reset_parameters(self) -> None:
-        """Called by Megatron's constructor in place of its own: no gate matrix, a projector and a router instead."""
+        """Called by Megatron's constructor in place of its own: no gate matrix, what the router type gives a layer."""
         self.weight = None
         self.bias = None
-        self.routing_layer = LayerRouting(self.config.routing)
+        self.routing_layer = get_router_type(self.config.moe_router_type).build_layer(self.config.routing)
         for parameter in self.routing_layer.parameters():
             parameter.data = parameter.data.to(self.config.params_dtype)
             parameter.sequence_parallel = self.config.sequence_parallel
-        self._cell: tuple[nn.Module, ...] = ()
+        self._shared: tuple[nn.Module | None, ...] = ()
         self.slot = StateSlot()
 
-    def bind(self, cell: nn.Module) -> None:
-        """Sets the recurrence that all layers of this process share. Kept in a tuple: it is not this module's child."""
-        self._cell = (cell,)
+    def bind(self, shared: nn.Module | None) -> None:
+        """Sets what all layers of this process share. Kept in a tuple: it is not this module's child."""
+        self._shared = (shared,)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Also tells the routing its place among the model's layers."""
+        super().set_layer_number(layer_number)
+        self.routing_layer.index = layer_number - 1
 
     @property
-    def state(self) -> Tensor:
-        """This layer's state [S, B, P], once :meth:`gating` has run and until the layer has fetched it."""
+    def state(self) -> Tensor | None:
+        """This layer's state [S, B, P], None of a type without one; from :meth:`gating` until the layer fetches it."""
         return self.slot.state
 
     def gating(self, input: Tensor) -> Tensor:  # Megatron's name
@@ -53,9 +58,9 @@ class RecurrentTopKRouter(TopKRouter):
         Raises:
             RoutingStateError: called a second time for one state, or without one.
         """
-        (cell,) = self._cell
+        (shared,) = self._shared
         dtype = router_dtype(self.config) or input.dtype
-        return self.slot.step(lambda h_SBP: self.routing_layer(input, h_SBP, cell, dtype))
+        return self.slot.step(lambda h_SBP: self.routing_layer(input, h_SBP, shared, dtype))
 
 
 def router_dtype(config) -> torch.dtype | None:

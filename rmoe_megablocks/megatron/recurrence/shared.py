@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import pad_param_start
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -10,7 +11,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from rmoe_megablocks.megatron.recurrence.stage_boundary import state_dtype
-from rmoe_megablocks.routing import RouterType, RoutingConfig, get_router_type
+from rmoe_megablocks.routing import RouterLayer, RouterType, RoutingConfig, get_router_type
 
 
 class SharedRecurrence(MegatronModule):
@@ -38,21 +39,36 @@ class SharedRecurrence(MegatronModule):
             parameter.pipeline_parallel = True
             parameter.shared = pg_collection.pp.rank() != 0
             parameter.sequence_parallel = config.sequence_parallel
-        next(self.parameters()).shared_embedding = True
+        for parameter in _trained(self)[:1]:
+            parameter.shared_embedding = True
 
-    def forward(self, p_TP: Tensor, h_TP: Tensor | None) -> Tensor:
-        """One step of the recurrence, see :class:`rmoe_megablocks.routing.RouterType`."""
-        return self.cell(p_TP, h_TP)
+    def forward(self, *args):
+        """What the shared module computes, see :class:`rmoe_megablocks.routing.SharedRouting`."""
+        return self.cell(*args)
 
-    def report_no_gradient(self, decoder: torch.nn.Module, args: tuple, hidden_SBH: Tensor) -> Tensor:
-        """Forward hook of a decoder without any router, on the chunk that these parameters are registered on.
+    def report_unused(self, chunk: GPTModel, layers: set[int]) -> None:
+        """Gives parameters that none of ``layers`` uses a gradient of zero, on the chunk that they are registered on.
 
         Megatron's overlapped communication waits there for a call of every module that has parameters, and for a
-        gradient of each parameter: the recurrence makes one step for nothing, and its gradient is zero.
+        gradient of each parameter: a layer in the place of the missing one makes one step for nothing.
         """
-        config = self.config
-        p_TP = torch.zeros(1, config.router_state_size, dtype=state_dtype(config), device=hidden_SBH.device)
-        return _WithoutGradient.apply(hidden_SBH, self(p_TP, None))
+        with torch.random.fork_rng(devices=[]):
+            others = [self._stand_in(index) for index in self.cell.unused_by(layers)]
+        if not others:
+            return
+        dtype = state_dtype(self.config)
+
+        def with_zero_gradients(decoder: torch.nn.Module, args: tuple, hidden_SBH: Tensor) -> Tensor:
+            x_TH = hidden_SBH.new_zeros(1, self.config.hidden_size)
+            return _WithoutGradient.apply(hidden_SBH, *(layer(x_TH, None, self, dtype)[0] for layer in others))
+
+        chunk.decoder.register_forward_hook(with_zero_gradients)
+
+    def _stand_in(self, index: int) -> RouterLayer:
+        """A layer that belongs to no model, and is not trained."""
+        layer = get_router_type(self.config.moe_router_type).build_layer(self.config.routing)
+        layer.index = index
+        return layer.requires_grad_(False).to(torch.cuda.current_device())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The same tensors on every stage: replicas of one, told apart by pipeline, tensor and data rank."""
@@ -74,14 +90,23 @@ def fits_default_optimizer_checkpoint(router_type: RouterType, routing: RoutingC
     be counted into the bucket but lie outside the checkpoint's tensor (distrib_optimizer.py:536 and 1900).
     """
     with torch.device("meta"):
-        first, second, *others = router_type.build_shared(routing).parameters()
+        shared = router_type.build_shared(routing)
+    parameters = _trained(shared) if shared is not None else []
+    if not parameters:
+        return True
+    first, *others = parameters
     config = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    for bucket in ([first], [second, *others]):
+    for bucket in filter(None, ([first], others)):
         layout = DistributedOptimizer._compute_per_buffer_param_layout(bucket, None, ranks, config)
         ((start, end),) = layout.bucket_indices
         if layout.per_bucket_numel_unpadded[0] <= (end - start) // ranks * (ranks - 1):
             return False
-    return pad_param_start(second.numel()) == second.numel()
+    return all(pad_param_start(second.numel()) == second.numel() for second in others[:1])
+
+
+def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Those that Megatron has a gradient buffer and an optimizer for."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class _GradientInBuffer(torch.autograd.Function):
@@ -108,14 +133,13 @@ class _GradientInBuffer(torch.autograd.Function):
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The first argument unchanged; the second gets a gradient of zero."""
+    """The first argument unchanged; the others get a gradient of zero."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, h_TP: Tensor) -> Tensor:
-        ctx.save_for_backward(h_TP)
+    def forward(ctx, hidden: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
         return hidden.clone()  # schedules free a stage's output and refuse a view
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (h_TP,) = ctx.saved_tensors
-        return grad, torch.zeros_like(h_TP)
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)

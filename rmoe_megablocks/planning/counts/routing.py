@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmoe_megablocks.routing import LayerRouting, RouterType, RoutingConfig
+from rmoe_megablocks.routing import RouterType, RoutingConfig
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -42,22 +42,22 @@ class RoutingCost:
 def measure(router_type: RouterType, config: RoutingConfig, dtype_bytes: int, router_dtype_bytes: int) -> RoutingCost:
     """The cost of a recurrent router in a model of ``dtype_bytes``, routed in ``router_dtype_bytes``."""
     with torch.device("meta"):
-        cell, layer = router_type.build_shared(config), LayerRouting(config)
-    cell.to(_DTYPES[dtype_bytes]), layer.to(_DTYPES[dtype_bytes])
+        shared, layer = router_type.build_shared(config) or nn.Module(), router_type.layer(config)
+    shared.to(_DTYPES[dtype_bytes]), layer.to(_DTYPES[dtype_bytes])
     state_size = router_type.state_size(config)
 
     def run(tokens: int) -> tuple[torch.Tensor, ...]:
         x_TH = torch.empty(tokens, config.hidden_size, dtype=_DTYPES[dtype_bytes], device="meta", requires_grad=True)
         h_TP = torch.empty(tokens, state_size, dtype=_DTYPES[router_dtype_bytes], device="meta", requires_grad=True)
-        return x_TH, h_TP, *layer(x_TH, h_TP, cell, _DTYPES[router_dtype_bytes])
+        return x_TH, h_TP, *layer(x_TH, h_TP if state_size else None, shared, _DTYPES[router_dtype_bytes])
 
     with FlopCounterMode(display=False) as counter:
         run(1)
     # not one token: a slice of a single row is contiguous, and keeps what more rows would not
-    two, three = (_kept(lambda tokens=tokens: run(tokens), layer, cell) for tokens in (2, 3))
+    two, three = (_kept(lambda tokens=tokens: run(tokens), layer, shared) for tokens in (2, 3))
     return RoutingCost(
         state_size=state_size,
-        shared=_count(cell),
+        shared=_count(shared),
         layer=_count(layer),
         flops=counter.get_total_flops(),
         kept=three - two,
