@@ -115,8 +115,8 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{argument.option} belongs to {OPTION} {', '.join(owners(argument))}: leave it out with {kind.name}"
             )
-    if not args.num_experts or args.hidden_size is None:
-        return
+    if not args.num_experts or None in (args.hidden_size, args.num_layers):
+        return  # said elsewhere
     try:
         routing_config(args)
     except ValueError as error:

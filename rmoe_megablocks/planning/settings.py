@@ -132,7 +132,7 @@ def is_argument(option: str) -> bool:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    megatron_cpu.install(announce=False)  # nothing runs here
+    _import_megatron()
     from rmoe_megablocks.megatron import arguments, router_arguments
 
     router_arguments.load_named_type(argv)
@@ -142,12 +142,18 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentPa
 @functools.cache
 def _parser(of_routers: tuple[Argument, ...]) -> argparse.ArgumentParser:
     """A parser with ``of_routers`` among its arguments: of all router types known by now."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about kernels that a plan does not need
-        megatron_cpu.install(announce=False)  # nothing runs here
-        from rmoe_megablocks.megatron import arguments, parser  # seconds, which the other commands do not need
+    _import_megatron()
+    from rmoe_megablocks.megatron import arguments, parser
 
-        return parser.build(arguments.add_run_arguments)
+    return parser.build(arguments.add_run_arguments)
+
+
+def _import_megatron() -> None:
+    """Seconds, which the other commands do not need; without its warnings of kernels, which a plan does not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        megatron_cpu.install(announce=False)  # nothing runs here
+        from rmoe_megablocks.megatron import arguments  # noqa: F401
 
 
 def _settings(args: argparse.Namespace, not_counted: tuple[str, ...]) -> Settings:

@@ -2,6 +2,8 @@
 
 import os
 
+from rmoe_megablocks.routing import STATE_SIZE, get_router_type
+
 #: all layouts, options and routes over ten iterations, not only those of every test run over six
 ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
 ITERATIONS = 10 if ALL_CELLS else 6
@@ -44,8 +46,15 @@ FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --reco
 BF16 = "--bf16 --moe-router-dtype fp32".split()
 # Rounding sends a token near a tie to another expert, a step that no tolerance covers: here every expert is taken
 BF16_ALL_EXPERTS = [*BF16, "--moe-router-topk", "4"]
-# BASE's argument of gru is taken back
-LINEAR = ["--moe-router-type", "linear", "--moe-router-rnn-hidden-size=null"]
+
+
+def of_type(router: str) -> list[str]:
+    """BASE with another router: its argument of gru is taken back where that means nothing."""
+    null = ["--moe-router-rnn-hidden-size=null"] * (STATE_SIZE not in get_router_type(router).arguments)
+    return ["--moe-router-type", router, *null]
+
+
+LINEAR = of_type("linear")
 
 
 def selective(*modules: str) -> list[str]:

@@ -16,6 +16,7 @@ from rmoe_megablocks.megatron.checkpoints import compatibility, safety
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checkpoints.files import MANIFEST, TRACKER
 from tests.checkpoints import flip, flip_in_a_weight, load_tensors, stored
+from tests.distributed.arguments import of_type
 from tests.faults.test_kills import TINY, run_steps
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json", TRACKER)
@@ -141,7 +142,7 @@ def test_a_flipped_byte_is_named_or_harmless(saved, name):
 def test_the_router_is_checked_in_the_checkpoint_that_ckpt_step_names(saved):
     """For existing jobs as well, where Megatron alone decides what to load."""
     shutil.rmtree(saved / "iter_0000004")
-    args = arguments.parse([*TINY, "--load", str(saved), "--moe-router-type", "linear"])
+    args = arguments.parse([*TINY, "--load", str(saved), *of_type("linear")])
     with pytest.raises(UsageError, match="iter_0000004 is missing"):
         compatibility.check_router_matches(args)
     args.ckpt_step = 2

@@ -10,7 +10,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, balancing, existing_job
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import BASE, LINEAR, of_type
 from tests.megatron.recurrence.test_model import build, gradients, routers
 
 L, E, K = 4, 4, 2
@@ -96,7 +96,7 @@ def test_balanced_they_are_l_1_k_and_l_over_k():
 
 @pytest.mark.parametrize("router_type", ["gru", "linear"])
 def test_the_mean_is_a_sum_of_a_share_of_the_coefficient(one_process, router_type):
-    type_of = ["--moe-router-type", router_type]
+    type_of = of_type(router_type)
     mean = with_coefficient(1.0, "--moe-aux-loss-reduction", "mean", *type_of)
     share, whole, none = (with_coefficient(value, *type_of) for value in (1.0 / L, 1.0, 0.0))
     for model in (share, whole, none):
@@ -154,12 +154,12 @@ def test_a_mean_over_nothing_is_refused(typed, reason):
 
 @pytest.mark.parametrize("reduction", balancing.REDUCTIONS)
 def test_an_existing_job_with_megatrons_own_router_gets_it_too(one_process, monkeypatch, reduction):
-    argv = [*BASE, "--eval-interval", "100", "--moe-router-type", "linear", "--moe-aux-loss-reduction", reduction]
+    argv = [*BASE, "--eval-interval", "100", *LINEAR, "--moe-aux-loss-reduction", reduction]
     args = arguments.parse(argv)
     arguments.fill_defaults(args)
     arguments.validate(args)
     args.padded_vocab_size = 256
-    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *argv])
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *args.argv])
     model_config = gpt_config_from_args(args)
     existing_job.prepare_model(model_config, args)
     existing_job.prepare_model(model_config, args)  # a script that says it itself, under the wrapper

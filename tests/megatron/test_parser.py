@@ -62,7 +62,8 @@ def test_each_argument_once(megatrons, typed, checked):
         (["5"], "'5' is not an argument (expected --name value)"),
         (
             ["--moe-router-type", "gur"],
-            "argument --moe-router-type: invalid choice: 'gur' (did you mean gru?) (choose from linear, gru)",
+            "argument --moe-router-type: unknown router type 'gur', did you mean gru? (known: linear, cosine, eda, "
+            "gru, hyper, lstm, mlp, omni, product_key, random, rnn, xmoe; one of yours is module:Class)",
         ),
         (
             ["--attention-backend", "unfussed"],

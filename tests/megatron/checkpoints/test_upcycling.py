@@ -93,7 +93,7 @@ def test_refusals(folder, results):
     assert "name a linear checkpoint to start from" in refusal(folder, up)
     assert f"--load {recurrent} already has a gru router" in refusal(folder, up, "--load", recurrent)
     assert "already has checkpoints of the linear model" in refusal(folder, up, "--save", linear, "--load", linear)
-    assert "add --moe-router-type gru" in refusal(folder, up, "--load", linear, "--moe-router-rnn-bias", *LINEAR)
+    assert "add --moe-router-type gru" in refusal(folder, up, "--load", linear, *LINEAR)
     assert "--ckpt-convert-format torch_dist first" in refusal(folder, up, "--load", torch_format)
     assert "the checkpoint's router is gru" in refusal(folder, "--load", recurrent, *LINEAR)
 

@@ -11,19 +11,21 @@ import pytest
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, preflight
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import BASE, of_type
 from tests.distributed.refused import REFUSED as REFUSED_FEATURES
 
 PP2 = "--pipeline-model-parallel-size 2"
+LINEAR = " ".join(of_type("linear"))
 REFUSED = {
-    "--moe-router-type lstm": "argument --moe-router-type: invalid choice: 'lstm'",
+    "--moe-router-type lsmt": "argument --moe-router-type: unknown router type 'lsmt', did you mean lstm?",
+    "--moe-router-type linear": "--moe-router-rnn-hidden-size belongs to --moe-router-type eda, gru, lstm, rnn",
     "--moe-router-typo gru": "unrecognized arguments: --moe-router-typo gru",
     "--moe-router-rnn-hidden-size 0": "argument --moe-router-rnn-hidden-size: must be at least 1, got 0",
     "--moe-router-rnn-hidden-size many": "argument --moe-router-rnn-hidden-size: invalid",
     "--num-layers 1 " + PP2: "--num-layers 1 leaves stages of the 2",
     "--num-layers 5 " + PP2: "Number of layers should be divisible by the pipeline-model-parallel size",
     "--reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work with --context-parallel",
-    "--moe-router-type linear --reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work",
+    f"{LINEAR} --reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work",
     "--transformer-impl transformer_engine": "Transformer Engine is not installed",
     "--lr-warmup-iters 20": "--lr-warmup-iters 20 must be below",
     "--tokenizer-type NullTokenizer --dataset nowhere": "nowhere",
@@ -62,7 +64,7 @@ def test_refused(tmp_path, monkeypatch, words):
 
 @pytest.mark.parametrize("router", ["linear", "gru"])
 def test_context_parallelism_needs_transformer_engine_on_a_gpu(tmp_path, monkeypatch, router):
-    words = ["--mock-data", "--moe-router-type", router, "--context-parallel-size", "2"]
+    words = ["--mock-data", *of_type(router), "--context-parallel-size", "2"]
     assert check(tmp_path, *words).nproc_per_node == 2
     monkeypatch.setattr(arguments.megatron_cpu, "active", lambda: False)
     said = (

@@ -8,7 +8,7 @@ import pytest
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checks import rehearsal
-from tests.distributed.arguments import BASE, PP2
+from tests.distributed.arguments import BASE, LINEAR, PP2
 
 from megatron.core import num_microbatches_calculator, parallel_state  # isort: skip  after CPU mode
 from megatron.training import global_vars  # isort: skip
@@ -20,7 +20,7 @@ SAID = {
     "--hierarchical-context-parallel-sizes 1": "--hierarchical-context-parallel-sizes: the package einops is not",
     "--enable-ft-package": "--enable-ft-package: the package nvidia_resiliency_ext is not installed",
     "--adlr-autoresume": "--adlr-autoresume: the package userlib is not installed",
-    "--moe-router-type linear --optimizer muon": "--optimizer muon: the package emerging_optimizers is not installed",
+    f"{' '.join(LINEAR)} --optimizer muon": "--optimizer muon: the package emerging_optimizers is not installed",
     "--num-distributed-optimizer-instances 2": "--num-distributed-optimizer-instances 2 does not divide 1",
     "--padded-vocab-size 100": "--padded-vocab-size 100",
     "--tokenizer-type SentencePieceTokenizer": "--tokenizer-type SentencePieceTokenizer, no --tokenizer-model",

@@ -19,7 +19,7 @@ from rmoe_megablocks.megatron.experts.megablocks_layer import MegaBlocksMoELayer
 from rmoe_megablocks.megatron.experts.megablocks_weights import from_megatron, to_megatron
 from rmoe_megablocks.megatron.recurrence import install
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import BASE, of_type
 from tests.megatron.conftest import one_process  # noqa: F401
 
 S, B, H = 32, 2, 48
@@ -41,7 +41,7 @@ TOLERANCE = {"bf16": 2e-2}
 
 
 def configuration(backend: str, router: str, words: list[str]):
-    args = arguments.parse([*words, "--eval-interval", "100", "--moe-router-type", router, "--moe-backend", backend])
+    args = arguments.parse([*words, "--eval-interval", "100", *of_type(router), "--moe-backend", backend])
     arguments.fill_defaults(args)
     arguments.validate(args)
     model_config = gpt_config_from_args(args)

@@ -9,7 +9,16 @@ import torch
 
 from rmoe_megablocks.megatron.experts.megablocks_weights import to_megatron
 from tests.distributed import lab
-from tests.distributed.arguments import ALL_CELLS, BASE, FULL_RECOMPUTE, INTERLEAVED, ITERATIONS, MOE_RECOMPUTE, PP2
+from tests.distributed.arguments import (
+    ALL_CELLS,
+    BASE,
+    FULL_RECOMPUTE,
+    INTERLEAVED,
+    ITERATIONS,
+    MOE_RECOMPUTE,
+    PP2,
+    of_type,
+)
 
 HALF = ITERATIONS // 2
 TRAIN = [*BASE, "--train-iters", str(ITERATIONS), "--num-workers", "0"]
@@ -47,7 +56,7 @@ OPTIONS = (
 
 
 def case(name: str, argv: list[str], router: str, load: str | None = "start", collect=()) -> dict:
-    argv = [*TRAIN, "--moe-router-type", router, *argv]
+    argv = [*TRAIN, *of_type(router), *argv]
     if load:
         argv += ["--load", f"{{folder}}/{load} {router}", "--no-load-rng"]
     if load == "start":

@@ -8,7 +8,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, preflight
 from rmoe_megablocks.megatron.checkpoints import compatibility
 from rmoe_megablocks.megatron.experts import backend
-from tests.distributed.arguments import BASE
+from tests.distributed.arguments import BASE, of_type
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 NOT_WITH = "--moe-backend megablocks does not work with "
@@ -46,7 +46,7 @@ def refusal(runs, *argv: str) -> str:
 @pytest.mark.parametrize("router", ["linear", "gru"])
 @pytest.mark.parametrize("words", REFUSED)
 def test_refused(tmp_path, words, router):
-    argv = [*BASE, "--moe-router-type", router, "--moe-backend", "megablocks", *words.split()]
+    argv = [*BASE, *of_type(router), "--moe-backend", "megablocks", *words.split()]
     assert REFUSED[words] in refusal(tmp_path, *argv)
 
 
@@ -58,7 +58,7 @@ def test_biases_are_refused(tmp_path):
 
 def test_a_model_without_experts_is_refused(tmp_path):
     at = BASE.index("--num-experts")
-    argv = [*BASE[:at], *BASE[at + 2 :], "--moe-router-type", "linear", "--moe-backend", "megablocks"]
+    argv = [*BASE[:at], *BASE[at + 2 :], *of_type("linear"), "--moe-backend", "megablocks"]
     assert refusal(tmp_path, *argv) == "--moe-backend megablocks: the model has no experts; set --num-experts"
 
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from rmoe_megablocks.megatron.monitoring import reporting
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
+from tests.distributed.arguments import of_type
 from tests.megatron.monitoring.test_reporting import args, batches, lines, train  # noqa: F401  fixtures
 from tests.megatron.recurrence.test_model import build, forward
 
@@ -62,7 +63,7 @@ def test_micro_batches_count_by_their_tokens_and_a_report_starts_afresh(one_proc
 
 @pytest.mark.parametrize("kind", ["gru", "linear"])
 def test_every_router_type_in_a_model(one_process, kind):
-    model = build("--moe-router-type", kind)
+    model = build(*of_type(kind))
     health, seen = RoutingHealth(4, 0, 4), []
     health.watch([model])
     for module in model.modules():

@@ -12,11 +12,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.recurrence import install
 from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
+from tests.distributed.arguments import LINEAR
 from tests.megatron.recurrence import test_model as models
 
 H, P = 48, 16
 FAN_IN = ("--moe-router-init", "fan_in")
-LINEAR = ("--moe-router-type", "linear")
 
 
 def build(*argv: str, **unchecked):

@@ -17,7 +17,7 @@ from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
 from rmoe_megablocks.routing import reference
-from tests.distributed.arguments import BASE, FULL_RECOMPUTE, MOE_RECOMPUTE, selective
+from tests.distributed.arguments import BASE, FULL_RECOMPUTE, MOE_RECOMPUTE, of_type, selective
 
 S, B, VOCABULARY = 32, 2, 256
 
@@ -57,7 +57,7 @@ def routers(model) -> list[RecurrentTopKRouter]:
 
 
 def test_linear_is_megatrons_own_model(one_process):
-    model = build("--moe-router-type", "linear")
+    model = build(*of_type("linear"))
     kinds = {type(module) for module in model.modules()}
     assert TopKRouter in kinds and not {RecurrentTopKRouter, RecurrentTransformerLayer} & kinds
     assert not hasattr(model.config, "has_cond_embedder") and not hasattr(model, "rnn_router")
@@ -165,7 +165,7 @@ def test_multi_token_prediction_routes_recurrently_from_no_state(one_process):
     assert not any(type(module) is TopKRouter for module in model.modules())
     states = []
     for router in mtp:
-        assert router._cell == routers(model)[0]._cell
+        assert router._shared == routers(model)[0]._shared
         router.routing_layer.register_forward_hook(lambda module, args, output: states.append(args[1]))
     forward(model, 1)
     assert states == [None, None]
