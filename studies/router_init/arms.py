@@ -61,6 +61,11 @@ class Name(NamedTuple):
         """The run that this one is paired with."""
         return self._replace(arm=BASELINE)
 
+    @property
+    def plain(self) -> "Name":
+        """The run of the same router and initialisation without the variant, which a variant is paired with too."""
+        return self._replace(arm=next(plain for plain in DEFAULT if self.arm.startswith(plain)))
+
 
 def options(arm: str) -> list[str]:
     """The arm's arguments. Raises UsageError for no arm's name."""

@@ -25,13 +25,15 @@ _RESAMPLES = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--earlier", type=Path, metavar="CSV", help="a runs.csv whose other runs belong to it too")
     parser.add_argument("--output", type=Path, help="folder for report.md and runs.csv (default: that of the runs)")
     parser.add_argument("--figure", action="store_true", help="curves.png beside them; needs the extra 'studies'")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table and leaves it, with the figures of every run, in two files."""
-    found = collect(args.runs_dir)
+    here = collect(args.runs_dir)
+    found = _ordered(here | {name: row for name, row in _earlier(args.earlier).items() if name not in here})
     if not found:
         raise UsageError(f"--runs-dir {args.runs_dir}: no finished run of this study, as {arms.BASELINE}-seed1")
     output = args.output or args.runs_dir
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.figure:
         from studies.router_init import figure
 
-        figure.draw(args.runs_dir, found, output / "curves.png")
+        figure.draw(args.runs_dir, here, output / "curves.png")
     return 0
 
 
@@ -51,8 +53,26 @@ def collect(folder: Path) -> dict[arms.Name, dict[str, float | None]]:
     """Figures of each finished run, those that it does not have None; ordered by condition, arm and seed."""
     names = (arms.name_of(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     known = [name for name in names if name is not None and runs.is_complete(folder / str(name))]
-    known.sort(key=lambda name: (name.condition, arms.rank(name.arm), name.arm, name.seed))
-    return {name: figures(folder / str(name)) for name in known}
+    return _ordered({name: figures(folder / str(name)) for name in known})
+
+
+def _ordered(found: dict[arms.Name, dict]) -> dict[arms.Name, dict]:
+    names = sorted(found, key=lambda name: (name.condition, arms.rank(name.arm), name.arm, name.seed))
+    return {name: found[name] for name in names}
+
+
+def _earlier(file: Path | None) -> dict[arms.Name, dict[str, float | None]]:
+    """The rows of a runs.csv by their run's name."""
+    if file is None:
+        return {}
+    try:
+        with file.open(newline="") as text:
+            rows = list(csv.DictReader(text))
+        names = [arms.Name(row.pop("arm"), row.pop("condition"), int(row.pop("seed"))) for row in rows]
+        figures_of = [{column: float(cell) if cell else None for column, cell in row.items()} for row in rows]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--earlier {file}: is no runs.csv of this study ({error})") from None
+    return dict(zip(names, figures_of, strict=True))
 
 
 def figures(folder: Path) -> dict[str, float | None]:
@@ -92,16 +112,16 @@ def interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
-def differences(found: dict, arm: str, condition: str, figure: str) -> list[float]:
-    """Of an arm's runs to the baseline's of the same seed and condition."""
+def differences(found: dict, arm: str, condition: str, figure: str, partner: str = "baseline") -> list[float]:
+    """Of an arm's runs to their partners, the ``baseline`` or ``plain`` ones of the same seed and condition."""
     of_arm = (name for name in found if (name.arm, name.condition) == (arm, condition))
-    pairs = ((found[name], found[name.baseline]) for name in of_arm if name.baseline in found)
-    return [ours[figure] - theirs[figure] for ours, theirs in pairs]
+    pairs = ((found[name], found.get(getattr(name, partner))) for name in of_arm)
+    return [ours[figure] - theirs[figure] for ours, theirs in pairs if theirs is not None]
 
 
 _HEAD = (
-    "arm", "seeds", "test bpc", "valid bpc", "test - baseline", "valid - baseline", "entropy at 1/4", "1/2", "end",
-    "logits' std at start", "end",
+    "arm", "seeds", "test bpc", "valid bpc", "test - baseline", "valid - baseline", "test - without the variant",
+    "entropy at 1/4", "1/2", "end", "logits' std at start", "end",
 )  # fmt: skip
 
 
@@ -128,6 +148,8 @@ def _cells(found: dict, rows: dict, arm: str, condition: str) -> list[str]:
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         cells.append(f"{statistics.fmean(values):.4f}{spread}")
     cells += [_difference(differences(found, arm, condition, split), arm) for split in SPLITS]
+    is_variant = arm not in arms.DEFAULT
+    cells.append(_difference(differences(found, arm, condition, "test", "plain"), arm) if is_variant else "")
     forms = dict.fromkeys(MOMENTS, ".3f") | dict.fromkeys(("logits_std_start", "logits_std_end"), ".2g")
     for name, form in forms.items():
         values = [row[name] for row in rows.values() if row[name] is not None]

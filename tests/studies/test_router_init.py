@@ -163,12 +163,30 @@ def test_the_table(folder, capsys):
         f"{np.mean([3.2, 3.4, 3.6, 3.9]):.4f} ± {np.std([3.2, 3.4, 3.6, 3.9], ddof=1):.4f}",
     ]
     assert gru[4].startswith("+0.2000 [+0.1000, +0.3000] (3)") and gru[5].startswith("-0.2000 [-0.3000, -0.1000] (3)")
-    assert gru[6:] == ["1.700", "1.500", "1.100", "0.01", "0.08"]  # iterations 2, 4 and 8, mean of both layers
+    assert gru[6:] == ["", "1.700", "1.500", "1.100", "0.01", "0.08"]  # iterations 2, 4 and 8, mean of both layers
     assert longer[1:6] == ["1", "2.0000", "1.9000", "- (no pair)", "- (no pair)"]
 
 
+def test_runs_of_an_earlier_table_and_a_variants_own_pairs(tmp_path, capsys):
+    """What was run elsewhere counts, unless it is here as well; a variant is also held against its own router."""
+    finished(tmp_path / "old", "gru_fan_in-seed1", 3.0, 3.0)
+    finished(tmp_path / "old", "gru_fan_in-seed2", 3.5, 3.0)
+    assert study.main(["report", "--runs-dir", str(tmp_path / "old")]) == 0
+    finished(tmp_path / "new", "gru_fan_in_no_aux-seed1", 3.2, 3.0)
+    finished(tmp_path / "new", "gru_fan_in-seed2", 4.0, 3.0)
+    capsys.readouterr()
+    words = ["report", "--runs-dir", str(tmp_path / "new"), "--earlier", str(tmp_path / "old" / "runs.csv")]
+    assert study.main(words) == 0
+    plain, variant = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| gru")]
+    assert plain[1:3] == ["1, 2", "3.5000 ± 0.7071"] and plain[6] == ""
+    assert variant[1] == "1" and variant[6] == "+0.2000 (1)"
+    assert study.main([*words[:-1], str(tmp_path / "new" / "report.md")]) == 2
+    err = capsys.readouterr().err
+    assert "is no runs.csv of this study" in err and err.count("\n") == 1
+
+
 def test_the_figures_of_every_run(folder):
-    report.run(type("Args", (), {"runs_dir": folder, "output": folder / "out", "figure": False}))
+    report.run(type("Args", (), {"runs_dir": folder, "output": folder / "out", "figure": False, "earlier": None}))
     head, *rows = (folder / "out" / "runs.csv").read_text().splitlines()
     assert head.startswith("arm,condition,seed,iterations,test,valid,entropy_quarter")
     assert rows[0].startswith("linear_init_method,,1,8,3.1,2.9,1.7") and len(rows) == 8
