@@ -52,6 +52,19 @@ def _routing_not_sequence_parallel():
 
 
 @contextlib.contextmanager
+def _frozen_weights_trained():
+    """What a layer owns: shared parameters that are frozen have no test of their own, no type has any."""
+    original = RecurrentTopKRouter.reset_parameters
+
+    def reset_parameters(self):
+        original(self)
+        self.routing_layer.requires_grad_(True)
+
+    with mock.patch.object(RecurrentTopKRouter, "reset_parameters", reset_parameters):
+        yield
+
+
+@contextlib.contextmanager
 def _layers_detach_state():
     original = RecurrentTransformerLayer.forward
 
@@ -135,6 +148,7 @@ _BREAKAGES = {
     None: contextlib.nullcontext,
     "detached state": _detached_state,
     "no gradient sync over stages": lambda: _changed_parameters(pipeline_parallel=False),
+    "frozen weights trained": _frozen_weights_trained,
     "counted on every stage": lambda: _changed_parameters(shared=False),
     "no gradient sync over tensor ranks": _routing_not_sequence_parallel,
     "state recomputed without its gradient": _layers_detach_state,

@@ -1,5 +1,6 @@
 """Cases beside the two tables: random numbers, planted faults, what is looked into, and ways to another layout."""
 
+from tests.distributed import router_cases
 from tests.distributed.arguments import (
     ALL_CELLS,
     BF16,
@@ -208,4 +209,5 @@ def everything() -> list[Case]:
         *drawn(),
         *first_halves(),
         *_second_halves_in_turn(),
+        *([] if ALL_CELLS else router_cases.everything()[0]),  # all of them have a lab of their own
     ]

@@ -16,6 +16,7 @@ from tests.distributed.arguments import (
     TP2_ETP2,
     selective,
 )
+from tests.distributed.routers import ROUTERS
 
 SHAPES: dict[str, list[str]] = {
     "base": [],
@@ -209,3 +210,17 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 }
 SHAPES["biases"] = ["--moe-router-rnn-bias"]
 SHAPES["fan_in"] = ["--moe-router-init", "fan_in", "--moe-router-rnn-bias"]
+
+
+MORE_BATCHES = ", four micro-batches"  # which two data-parallel ranks with virtual stages need
+
+
+def router_shape(router: str, more: str = "") -> str:
+    """The shape of the base model with another router, with ``more`` MORE_BATCHES."""
+    return f"router {router}{more}"
+
+
+SHAPES |= {router_shape(name): router.argv for name, router in ROUTERS.items()}
+SHAPES |= {
+    router_shape(name, MORE_BATCHES): [*router.argv, "--global-batch-size", "8"] for name, router in ROUTERS.items()
+}

@@ -107,7 +107,7 @@ class Lab:
 
     def _start(self, shape: str) -> Case:
         argv = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(self.folder / (START + shape))]
-        return Case(START + shape, 1, shape, tuple(argv), from_start=False)
+        return Case(START + shape, 1, shape, tuple(argv), collect=("weights",), from_start=False)
 
     def _rounds(self, cases: list[Case]) -> list[list[tuple[int, list[dict]]]]:
         rounds = []

@@ -84,7 +84,8 @@ class Recorder:
         self.result["loss"].append(loss.item())
         self.result["grad_norm"].append(float(grad_norm))
         if "gradients" in self.collect and iteration == 1:
-            self.result["gradients"] = {n: p.main_grad.detach().clone() for n, p in global_parameters(self.chunks)}
+            trained = ((name, p) for name, p in global_parameters(self.chunks) if p.requires_grad)
+            self.result["gradients"] = {name: p.main_grad.detach().clone() for name, p in trained}
 
     def finish(self):
         if "health" in self.collect:
