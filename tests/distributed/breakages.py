@@ -53,14 +53,14 @@ def _routing_not_sequence_parallel():
 
 @contextlib.contextmanager
 def _frozen_weights_trained():
-    """What a layer owns: shared parameters that are frozen have no test of their own, no type has any."""
     original = RecurrentTopKRouter.reset_parameters
 
     def reset_parameters(self):
         original(self)
         self.routing_layer.requires_grad_(True)
 
-    with mock.patch.object(RecurrentTopKRouter, "reset_parameters", reset_parameters):
+    layers = mock.patch.object(RecurrentTopKRouter, "reset_parameters", reset_parameters)
+    with layers, _changed_parameters(requires_grad=True):
         yield
 
 

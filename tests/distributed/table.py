@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from tests.distributed import router_cases
 from tests.distributed.cases import compared, is_always_run
 from tests.distributed.further_cases import ROUTES, recomputed_noise
 from tests.distributed.grid import LAYOUTS, MODES, modes_of
 from tests.distributed.refused import REFUSED
+from tests.distributed.routers import ROUTERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 
@@ -47,6 +49,14 @@ What to know beside the tables:
 """
 
 
+ROUTERS_INTRODUCTION = """\
+All types that are registered, each with the base model's arguments, held against one process within 2e-6 in fp32. Runs
+resumed in PP2 go on from its half bit for bit; the ways to other layouts start from the same checkpoint. The cells with
+¹ of one type: `RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed/test_routers.py -k gru`. A planted fault is a
+run on two stages that must differ from one process by more than 2e-5.
+"""
+
+
 def page() -> str:
     """The whole page."""
     return "\n".join(
@@ -57,6 +67,11 @@ def page() -> str:
             "## Models and options\n",
             "Compared with one process in the layouts named.\n",
             _table(("model or option", "works in"), _option_rows()),
+            "## Router types and what changes them\n",
+            ROUTERS_INTRODUCTION,
+            _table(("router", *router_cases.CELLS, *router_cases.RESUMPTIONS), _router_rows()),
+            _table(("planted fault", "noticed with"), _fault_rows()),
+            _table(("frozen weights stay as drawn in", "of"), _frozen_rows()),
             NOTES,
             "## Recompute with random numbers\n",
             "The same run with and without recompute, same layout: equal within 5e-6, so the generators are restored\n"
@@ -98,6 +113,33 @@ def _option_rows() -> list[tuple[str, ...]]:
         if option not in MODES:
             layouts.setdefault(option, []).append(layout if is_always_run(case) else f"{layout} ¹")
     return [(option, ", ".join(names)) for option, names in layouts.items()]
+
+
+def _router_rows() -> list[tuple[str, ...]]:
+    rows = []
+    for router in ROUTERS.values():
+        has = router_cases.columns(router)
+        columns = (*router_cases.CELLS, *router_cases.RESUMPTIONS)
+        cells = (_router_cell(router.name, column, "works") if column in has else "" for column in columns)
+        rows.append((f"`{router.name}`", *cells))
+    return rows
+
+
+def _router_cell(router: str, column: str, text: str) -> str:
+    return text if router_cases.is_always_run(router, column) else f"{text} ¹"
+
+
+def _fault_rows() -> list[tuple[str, ...]]:
+    return [(fault, _routers_with(fault)) for fault in router_cases.FAULTS]
+
+
+def _frozen_rows() -> list[tuple[str, ...]]:
+    return [(f"{column}, resumed too", _routers_with(column)) for column in router_cases.FROZEN]
+
+
+def _routers_with(column: str) -> str:
+    having = [router.name for router in ROUTERS.values() if column in router_cases.columns(router)]
+    return ", ".join(_router_cell(router, column, f"`{router}`") for router in having)
 
 
 def _noise_rows() -> list[tuple[str, ...]]:
