@@ -95,12 +95,13 @@ def test_residual_weights_of_the_chosen_experts_are_those_of_the_scores(name):
 def test_scores_of_zero_are_none(name):
     """What layers without experts pass on through a pipeline: zeros, in values and in gradients."""
     stack, (x, *_) = Stack(name, {RESIDUAL: ALPHA}), inputs_of()
-    zeros = torch.zeros(T, stack.type.state_size(stack.config), dtype=torch.float64)
+    zeros = torch.zeros(T, stack.type.state_size(stack.config), dtype=torch.float64, requires_grad=True)
     leaves = [x, *(p for p in stack.layers[0].parameters() if p.requires_grad)]
     results = [stack.layers[0](x, h, stack.shared) for h in (None, zeros)]
     for ours, other in zip(*results, strict=True):
         same([ours], [other])
     same(*(gradients(([logits], [h]), leaves) for logits, h in results))
+    assert gradients((results[1][:1], results[1][1:]), [zeros])[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", having(RESIDUAL))
