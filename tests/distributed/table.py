@@ -53,7 +53,8 @@ ROUTERS_INTRODUCTION = """\
 All types that are registered, each with the base model's arguments, held against one process within 2e-6 in fp32. Runs
 resumed in PP2 go on from its half bit for bit; the ways to other layouts start from the same checkpoint. The cells with
 ¹ of one type: `RMOE_TEST_ALL_CELLS=1 bash tests/run.sh tests/distributed/test_routers.py -k gru`. A planted fault is a
-run on two stages that must differ from one process by more than 2e-5.
+run on two stages that must differ from one process by more than 2e-5. `eda` has a seed of its own in TP2 SP: see
+`tests/distributed/router_cases.py`.
 """
 
 
