@@ -27,8 +27,8 @@ def having(columns, only_frozen: bool = False) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_is_in_the_table(router):
     """A type that is registered tomorrow is trained on two stages in every test run, without being named here."""
-    run = {*router_cases.CELLS, *router_cases.RESUMPTIONS} - COLUMNS[router].keys()
-    assert run == (set() if ROUTERS[router].shares else {router_cases.OVERLAPPED_STAGES})
+    missing = {*router_cases.CELLS, *router_cases.RESUMPTIONS} - COLUMNS[router].keys()
+    assert missing == (set() if ROUTERS[router].shares else {router_cases.OVERLAPPED_STAGES})
     assert is_run(router, "PP2") or ROUTERS[router].chosen
 
 
