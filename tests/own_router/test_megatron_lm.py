@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not SOURCE, reason="needs RMOE_MEGATRON_LM: a ch
 
 
 def test_wrapped_and_patched_scripts_train_as_our_own_entry_does(package, tmp_path):
-    patched = tmp_path / "patched"
+    patched = tmp_path / "checkout"
     shutil.copytree(Path(SOURCE, "megatron"), patched / "megatron")
     for script in SCRIPTS:
         shutil.copy(Path(SOURCE, script), patched)
