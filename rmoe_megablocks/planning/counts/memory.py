@@ -145,14 +145,14 @@ def _kept_under_full(settings: Settings, layers: list[int]) -> float:
         kept = 0.0
         for position, index in enumerate(layers):
             recomputed = position % each < settings.recompute_num_layers
-            kept += _carried(settings) if recomputed else layer(settings, index)
+            kept += _carried(settings, index) if recomputed else layer(settings, index)
         return kept
-    return _carried(settings) * len(layers) / settings.recompute_num_layers
+    return sum(_carried(settings, index) for index in layers[:: settings.recompute_num_layers])
 
 
-def _carried(settings: Settings) -> float:
-    """What goes from layer to layer: hidden states and the routing state."""
-    width = settings.hidden_size * settings.dtype_bytes + _state(settings)
+def _carried(settings: Settings, index: int) -> float:
+    """What goes into layer ``index``: hidden states and, but for the model's first, the routing state."""
+    width = settings.hidden_size * settings.dtype_bytes + (_state(settings) if index else 0)
     return width * tokens_on_rank(settings) / _sequence_share(settings)
 
 
@@ -227,6 +227,10 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
     kept = here * (12 * settings.num_experts + 28 * settings.topk)  # scores, indices, maps
     if settings.routing:
         kept += here * settings.routing.kept + settings.routing.kept_once
+        if not (
+            settings.routing.keeps_input or settings.shared_expert_size or "layernorm" in settings.recompute_modules
+        ):
+            kept -= narrow * tokens  # the norm's result: frozen weights do not need it
     # under expert-tensor parallelism each rank works on the tokens of the whole group, with a part of each expert
     rows = here * settings.topk * settings.expert_tensor
     ffn = settings.expert_ffn_size / settings.expert_tensor

@@ -44,6 +44,7 @@ class RoutingCost:
             twice the forward pass.
         kept: bytes that one layer keeps of one token for the backward pass, its input and its logits left out.
         kept_once: bytes that one layer keeps whatever the number of tokens: parameters in another dtype.
+        keeps_input: whether it keeps the hidden states themselves.
     """
 
     state_size: int
@@ -57,6 +58,7 @@ class RoutingCost:
     backward: Operations
     kept: int
     kept_once: int
+    keeps_input: bool
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def measure(router_type: RouterType, config: RoutingConfig, dtype_bytes: int, ro
     # not one token: a slice of a single row is contiguous, and keeps what more rows would not
     two, three = (_operations(lambda tokens=tokens: run(tokens)) for tokens in (2, 3))
     forward, backward = (Operations(b - a, 3 * a - 2 * b) for a, b in zip(two, three, strict=True))
-    two, three = (_kept(lambda tokens=tokens: run(tokens), layer, shared) for tokens in (2, 3))
+    (two, keeps_input), (three, _) = (_kept(lambda tokens=tokens: run(tokens), layer, shared) for tokens in (2, 3))
     return RoutingCost(
         state_size=state_size,
         shared=_count(shared),
@@ -88,6 +90,7 @@ def measure(router_type: RouterType, config: RoutingConfig, dtype_bytes: int, ro
         backward=backward,
         kept=three - two,
         kept_once=3 * two - 2 * three,
+        keeps_input=keeps_input,
     )
 
 
@@ -108,9 +111,10 @@ def _operations(run) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def _kept(run, *modules: nn.Module) -> int:
+def _kept(run, *modules: nn.Module) -> tuple[int, bool]:
     """Bytes that autograd keeps of ``run() -> (inputs and results)``, each storage once, without parameters,
-    the inputs and the logits (which the layer that made them, and the scores, are counted with)."""
+    the inputs and the logits (which the layer that made them, and the scores, are counted with); and whether the first
+    input is among what it keeps."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,4 +126,5 @@ def _kept(run, *modules: nn.Module) -> int:
         x_TH, h_TP, logits_TE, _ = run()
     elsewhere = [x_TH, h_TP, logits_TE, *(p for module in modules for p in module.parameters())]
     addresses = {tensor.untyped_storage()._cdata for tensor in elsewhere}
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in addresses)
+    kept = sum(storage.nbytes() for address, storage in storages.items() if address not in addresses)
+    return kept, x_TH.untyped_storage()._cdata in storages
