@@ -17,6 +17,7 @@ from rmoe_megablocks.routing import (
     INIT,
     INIT_METHOD,
     LINEAR,
+    RESIDUAL,
     RNN_INIT,
     STATE_SIZE,
     RouterType,
@@ -128,6 +129,12 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         raise UsageError(
             f"moe_router_init={args.moe_router_init!r} does not work with moe_router_type='linear', MegaBlocks' own "
             "router: leave it out, and for torch.nn.Linear's initialisation call layer.router.layer.reset_parameters()"
+        )
+    residual = router_option(args, "moe_router_options").get(RESIDUAL.dest)
+    if residual and getattr(args, "moe_zloss_weight", 0):
+        raise UsageError(
+            f"{RESIDUAL.dest} does not work with moe_zloss_weight: the z-loss of logarithms of scores is a constant; "
+            "leave it out"
         )
     if args.fp16 and args.bf16:
         raise UsageError("fp16 and bf16 are both True, and MegaBlocks would take fp16 (its default): set one to False")

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing import Argument, RouterType, RoutingConfig, all_arguments, get_router_type, owners
+from rmoe_megablocks.routing import (
+    RESIDUAL,
+    Argument,
+    RouterType,
+    RoutingConfig,
+    all_arguments,
+    get_router_type,
+    owners,
+)
 from rmoe_megablocks.routing.registry import LINEAR, router_types
 
 OPTION = "--moe-router-type"
@@ -115,9 +123,29 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{argument.option} belongs to {OPTION} {', '.join(owners(argument))}: leave it out with {kind.name}"
             )
+    if RESIDUAL in kind.arguments and getattr(args, RESIDUAL.dest):
+        _check_residual(args)
     if not args.num_experts or None in (args.hidden_size, args.num_layers):
         return  # said elsewhere
     try:
         routing_config(args)
     except ValueError as error:
         raise UsageError(f"{OPTION} {kind.name}: {error}") from None
+
+
+def _check_residual(args: argparse.Namespace) -> None:
+    """Refuses what scores that are sums of softmaxes, handed to the host as their logarithms, mean nothing to."""
+    for refused, option, why in (
+        (
+            args.moe_router_score_function != "softmax",
+            f"--moe-router-score-function {args.moe_router_score_function}",
+            "it adds up scores of a softmax; use softmax",
+        ),
+        (
+            args.moe_z_loss_coeff,
+            "--moe-z-loss-coeff",
+            "the z-loss of logarithms of scores is a constant; leave it out",
+        ),
+    ):
+        if refused:
+            raise UsageError(f"{RESIDUAL.option} does not work with {option}: {why}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.routing import all_arguments
 
 RECOMPUTE_MODULES = ("core_attn", "moe", "moe_act", "layernorm", "mlp", "shared_experts")
 
@@ -18,8 +19,8 @@ COUNTED = """
     --position-embedding-type --max-position-embeddings --vocab-size --padded-vocab-size --make-vocab-size-divisible-by
     --untie-embeddings-and-output-weights --hidden-dropout --attention-dropout --seq-length --micro-batch-size
     --global-batch-size --num-experts --moe-ffn-hidden-size --moe-layer-freq --moe-router-topk --moe-router-dtype
-    --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-router-type --moe-router-rnn-hidden-size
-    --moe-router-rnn-bias --bf16 --fp16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32
+    --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-router-type
+    --bf16 --fp16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32
     --use-distributed-optimizer --tensor-model-parallel-size --sequence-parallel --pipeline-model-parallel-size
     --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --context-parallel-size
     --expert-model-parallel-size --expert-tensor-parallel-size --recompute-granularity --recompute-activations
@@ -72,7 +73,7 @@ _NEUTRAL = """
     --moe-router-pre-softmax
     --moe-router-num-groups --moe-router-group-topk --moe-router-topk-scaling-factor --moe-router-enable-expert-bias
     --moe-router-bias-update-rate --moe-router-force-load-balancing --moe-router-force-biased --moe-input-jitter-eps
-    --moe-per-layer-logging --moe-grouped-gemm --moe-router-rnn-init --moe-router-init --moe-router-upcycle
+    --moe-per-layer-logging --moe-grouped-gemm --moe-router-upcycle
     --calculate-per-token-loss
     --train-iters --train-samples --exit-interval --exit-duration-in-mins --exit-signal --exit-signal-handler
     --exit-signal-handler-for-dataloader --exit-signal-handler-for-training --manual-gc --manual-gc-interval
@@ -108,6 +109,7 @@ def not_counted(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
     for group in parser._action_groups:
         if group.title in _NEUTRAL_GROUPS:
             known |= {action.dest for action in group._group_actions}
+    known |= {argument.dest for argument in all_arguments()}  # the router is measured with them
     given = {option: _actions(parser)[option] for option in args.explicit}
     moved = {
         option

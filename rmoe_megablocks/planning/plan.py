@@ -44,6 +44,7 @@ class Plan:
                 "active": parameters.active(settings),
                 "embeddings": parameters.embeddings(settings),
                 "routing": self.counts.routing,
+                "frozen": self.counts.frozen,
                 "stages": [parameters.stage(settings, rank).total for rank in range(settings.pipeline)],
             },
             "flops_per_token": {
@@ -51,6 +52,7 @@ class Plan:
                 "training": self.flops.training,
                 "recomputed": self.flops.recomputed,
                 "routing_forward": self.flops.routing,
+                "routing_backward": self.flops.routing_backward,
             },
             "layout": {
                 "world_size": self.world_size,
@@ -149,6 +151,7 @@ def _memory(found: memory.Memory) -> dict[str, int]:
         "workspace": found.workspace,
         "total": found.total,
         "routing": found.routing,
+        "frozen": found.frozen,
     }
 
 

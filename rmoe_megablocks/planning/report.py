@@ -39,6 +39,8 @@ def _parameters(plan: Plan) -> Rows:
         "embeddings": parameters.embeddings(s),
         "routing": plan.counts.routing,
     }
+    if plan.counts.frozen:
+        counts["of it frozen"] = plan.counts.frozen
     rows: Rows = [("parameters", "", "of the total")]
     rows += [(key, f"{value:,}", f"{100 * value / plan.counts.total:.2f} %") for key, value in counts.items()]
     if s.pipeline > 1:
@@ -74,6 +76,8 @@ def _memory(plan: Plan) -> Rows:
         "total": found.total,
         "of it routing": found.routing,
     }
+    if found.frozen:
+        parts["of it frozen weights"] = found.frozen
     mode = " ".join([plan.settings.recompute, *plan.settings.recompute_modules])
     rows: Rows = [(f"GiB on the fullest rank (recompute: {mode})", "")]
     rows += [(key, _gib(value)) for key, value in parts.items()]

@@ -21,8 +21,8 @@ from rmoe_megablocks.routing import Argument, all_arguments, get_router_type
 class Settings:
     """Sizes of a run.
 
-    Lengths are in elements, batches in sequences. ``moe_layers[i]`` says whether layer i routes, ``routing`` what a
-    recurrent router takes (None for the host's own), ``not_counted`` which options the figures leave out.
+    Lengths are in elements, batches in sequences. ``moe_layers[i]`` says whether layer i routes, ``routing`` what the
+    router takes (None for the host's own), ``not_counted`` which options the figures leave out.
     """
 
     num_layers: int
@@ -69,11 +69,6 @@ class Settings:
     recompute_method: str
     recompute_num_layers: int
     not_counted: tuple[str, ...] = ()
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether a routing state goes from layer to layer."""
-        return self.routing is not None
 
     @property
     def replica(self) -> int:

@@ -6,6 +6,8 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,6 +144,8 @@ def _installed() -> dict[str, str]:
 
 def _imported(name: str, place: str) -> object:
     module, _, attribute = place.partition(":")
+    if os.getcwd() not in sys.path:  # python -m has it, a script under torchrun has not: both find the same modules
+        sys.path.append(os.getcwd())
     try:
         found: object = importlib.import_module(module)
     except Exception as error:  # whatever somebody's module raises

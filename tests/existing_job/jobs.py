@@ -63,19 +63,23 @@ class Job:
         return self.process.returncode, "".join(log.read_text() for log in logs)
 
 
-def start(folder: Path, command: list[str], arguments: list[str], torchrun: int = 0) -> Job:
+def start(
+    folder: Path, command: list[str], arguments: list[str], torchrun: int = 0, pythonpath: Path | None = None
+) -> Job:
     """Starts Python with ``command`` and the arguments of a training of its own in ``folder``.
 
     They are a GPU's: only a stock script, which nothing of ours parses for, is given those that CPU mode needs.
 
     Args:
         torchrun: number of processes to start with torchrun; 0 for one process without it.
+        pythonpath: a folder of further modules.
     """
     folder.mkdir(parents=True)
     needed = ARGUMENTS if STOCK in command else ()
     own = ["--save", str(folder / "checkpoint"), "--data-cache-path", str(folder / "cache")]
     env = {name: value for name, value in os.environ.items() if name not in ("RMOE_CPU_MODE_ANNOUNCED", "SLURM_PROCID")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = [str(path) for path in (pythonpath, ROOT) if path is not None]
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     if torchrun:
         rendezvous = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={torchrun}"]
         command = ["-m", "torch.distributed.run", *rendezvous, *command]

@@ -229,3 +229,18 @@ def test_stock_arguments_need_the_fields_of_the_router():
     args.bf16, args.moe_router_type = True, "gru"
     with pytest.raises(UsageError, match="fp16 and bf16"):
         dMoE(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"moe_router_mlp_hidden_size": 8}, "moe_router_mlp_hidden_size is no argument of moe_router_type='gru'"),
+        ({"moe_router_residual": -1.0}, "moe_router_residual must be a number of at least 0, got -1"),
+        ({"moe_router_residual": 0.5}, "moe_router_residual does not work with moe_zloss_weight"),
+    ],
+)
+def test_a_types_options(options, reason):
+    weights = {"moe_zloss_weight": 0.1 if options.get("moe_router_residual") == 0.5 else 0.0}
+    with pytest.raises(ValueError, match=reason) as caught:
+        layers_of(arguments(moe_router_options=options, **weights))
+    assert "\n" not in str(caught.value)

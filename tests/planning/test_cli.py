@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_told(capsys, typed, warning):
         (["nowhere.yaml"], "configuration file nowhere.yaml does not exist"),
         ([PAPER, "--num-layers", "many"], "--num-layers: invalid value: 'many' is not a whole number"),
         ([PAPER, "--nmu-layers", "3"], "unrecognized arguments: --nmu-layers 3 (did you mean --num-layers?)"),
-        ([PAPER, "--moe-router-type", "rnn"], "--moe-router-type: invalid choice: 'rnn'"),
+        ([PAPER, "--moe-router-type", "lsmt"], "--moe-router-type: unknown router type 'lsmt', did you mean lstm?"),
         ([PAPER, "--pipeline-model-parallel-size", "16"], "8 ranks for a layout of 16"),
         ([PAPER, "--world-size", "8", "--nnodes", "2"], "give one or the other"),
         ([PAPER, "--gpu-memory", "0"], "--gpu-memory 0: expected GiB above 0"),

@@ -28,6 +28,8 @@ ONE = "--pipeline-model-parallel-size 1 --global-batch-size 64 "
         (ONE + "--bf16", 1),
         (ONE + "--bf16 --use-distributed-optimizer", 4),
         (ONE + "--bf16 --use-distributed-optimizer --expert-model-parallel-size 2", 4),
+        (ONE + "--bf16 --use-distributed-optimizer --moe-router-type hyper", 4),
+        (ONE + "--bf16 --moe-router-type random", 1),
         (ONE + "--use-distributed-optimizer --moe-router-type linear --moe-router-rnn-hidden-size=null", 2),
     ],
 )
@@ -105,6 +107,14 @@ CASES = {
     "gru": "",
     "gru, fp32 routing": "--moe-router-dtype fp32",
     "linear": "--moe-router-type linear --moe-router-rnn-hidden-size=null",
+    "mlp, fp32 routing": "--moe-router-type mlp --moe-router-dtype fp32",
+    "random": "--moe-router-type random",
+    "hyper, fp32 routing": "--moe-router-type hyper --moe-router-dtype fp32",
+    "lstm": "--moe-router-type lstm",
+    "xmoe on a state": "--moe-router-head xmoe --moe-router-dtype fp32",
+    "scores passed on": "--moe-router-recurrence none --moe-router-residual 0.5",
+    "lstm, full": "--moe-router-type lstm --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
     "two matrices": "--no-swiglu",
     "dense layers": "--moe-layer-freq ([0]+[1]*2) --ffn-hidden-size 512",
     "grouped queries": "--group-query-attention --num-query-groups 2",

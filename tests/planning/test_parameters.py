@@ -26,6 +26,10 @@ CASES = {
     "biases over tensor and experts": PP2
     + "--no-disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
     + "--expert-model-parallel-size 2 --moe-layer-freq 2 --moe-router-type linear",
+    "an lstm": PP2 + "--moe-router-type lstm",
+    "xmoe on a state": PP2 + "--moe-router-head xmoe",
+    "frozen networks": PP2 + "--moe-router-type hyper",
+    "one matrix for all": PP2 + "--moe-router-type omni",
     "qkv bias": PP2 + "--add-qkv-bias",
     "two matrices": PP2 + "--no-swiglu",
     "grouped queries": PP2 + "--group-query-attention --num-query-groups 2 --kv-channels 16",
@@ -51,7 +55,7 @@ def test_counts_of_every_stage_are_exact(case, tmp_path, monkeypatch):
         counts = parameters.stage(settings, stage)
         assert counts.dense_on_rank(settings) + counts.experts_on_rank(settings) == built[-1]
     whole = parameters.model(settings)
-    copies = (settings.pipeline - 1) * parameters.recurrence(settings)
+    copies = (settings.pipeline - 1) * parameters.recurrence(settings).total
     if settings.tied and settings.pipeline > 1:
         copies += settings.vocab_size * settings.hidden_size
     assert sum(parameters.stage(settings, i).total for i in range(settings.pipeline)) == whole.total + copies

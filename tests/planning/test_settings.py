@@ -59,8 +59,11 @@ def test_dense_layers(frequency, expected):
         (SIZES + "--num-layers 4 5", "--num-layers: takes one value, found 2: 4 5"),
         (SIZES + "--global-batch-size 0", "--global-batch-size 0: must be at least 1"),
         (SIZES + "--nmu-layers 3", r"unrecognized arguments: --nmu-layers 3 .did you mean --num-layers\?"),
-        (SIZES + "--num-experts 8 --moe-router-type rnn", "--moe-router-type: invalid choice: 'rnn'.*linear, gru"),
-        (SIZES + "--num-experts 8 --moe-router-type Gru", r"invalid choice: 'Gru' .did you mean gru\?"),
+        (
+            SIZES + "--num-experts 8 --moe-router-type lsmt",
+            "--moe-router-type: unknown router type 'lsmt', did you mean",
+        ),
+        (SIZES + "--num-experts 8 --moe-router-type Gru", r"unknown router type 'Gru', did you mean gru\?"),
         (SIZES + "--moe-router-type gru", "--moe-router-type gru: the model has no experts to route to"),
         (SIZES + "--multi-latent-attention", "cannot compute with --multi-latent-attention"),
         (SIZES + "--optimizer muon", "cannot compute with --optimizer"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rmoe_megablocks.planning.counts import memory
 from rmoe_megablocks.planning.settings import Settings
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs a token; the backward pass takes twice as many.
+    """Forward FLOPs a token; the backward pass takes twice as many, that of the routing ``routing_backward``.
 
     ``attention`` is the scores and their weighted sum, for causal attention half of the square. ``training`` is
     forward and backward without recomputation, which ``recomputed`` adds.
@@ -21,6 +22,7 @@ class Flops:
     routing: int
     logits: int
     recomputed: int
+    routing_backward: int
 
     @property
     def forward(self) -> int:
@@ -30,7 +32,7 @@ class Flops:
     @property
     def training(self) -> int:
         """Forward and backward pass."""
-        return 3 * self.forward
+        return 3 * (self.forward - self.routing) + self.routing + self.routing_backward
 
 
 def flops(settings: Settings) -> Flops:
@@ -42,7 +44,7 @@ def flops(settings: Settings) -> Flops:
     dense = (layers - routed) * 2 * matrices * hidden * settings.ffn_size
     experts = routed * 2 * matrices * hidden * settings.topk * settings.expert_ffn_size
     shared = routed * 2 * matrices * hidden * settings.shared_expert_size
-    routing = routed * router(settings)
+    routing, routing_backward = (int(routed * of_a_layer) for of_a_layer in router(settings))
     linear = layers * 2 * hidden * (2 * query + 2 * key_value) + dense + shared
     recomputed = 0
     if settings.recompute == "full":
@@ -52,9 +54,13 @@ def flops(settings: Settings) -> Flops:
     if settings.recompute == "selective":
         recomputed += attention if "core_attn" in settings.recompute_modules else 0
         recomputed += experts + shared + routing if "moe" in settings.recompute_modules else 0
-    return Flops(linear, attention, experts, routing, 2 * hidden * settings.vocab_size, recomputed)
+    return Flops(linear, attention, experts, routing, 2 * hidden * settings.vocab_size, recomputed, routing_backward)
 
 
-def router(settings: Settings) -> int:
-    """One layer's router, forward: the host's own matrix [E, H], or what the recurrent type's modules compute."""
-    return settings.routing.flops if settings.routing else 2 * settings.hidden_size * settings.num_experts
+def router(settings: Settings) -> tuple[float, float]:
+    """One layer's router, forward and backward: the host's own matrix [E, H], or what its type's modules compute."""
+    if settings.routing is None:
+        forward = 2 * settings.hidden_size * settings.num_experts
+        return forward, 2 * forward
+    tokens = memory.tokens_on_rank(settings) // (settings.tensor if settings.sequence_parallel else 1)
+    return settings.routing.forward.of_a_token(tokens), settings.routing.backward.of_a_token(tokens)

@@ -32,12 +32,13 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        weights: in the training dtype.
-        gradients: Megatron's gradient buffer.
-        optimizer: fp32 master weights (16-bit training) and Adam's two moments.
+        weights: in the training dtype, with the buffers of the router's modules.
+        gradients: Megatron's gradient buffer, of trained weights.
+        optimizer: fp32 master weights (16-bit training) and Adam's two moments, of trained weights.
         activations: kept for the backward passes of all micro-batches under way.
         workspace: the largest transient: gradient of the logits, or a layer that is recomputed.
         routing: of all the above, what the router takes.
+        frozen: of the weights, those that are never trained.
     """
 
     weights: int
@@ -46,6 +47,7 @@ class Memory:
     activations: int
     workspace: int
     routing: int
+    frozen: int
 
     @property
     def total(self) -> int:
@@ -74,8 +76,9 @@ def fullest(settings: Settings, world_size: int) -> Memory:
 def on_rank(settings: Settings, world_size: int, rank: int) -> Memory:
     """Memory of pipeline rank ``rank``."""
     counts = parameters.stage(settings, rank)
-    dense, experts = counts.dense_on_rank(settings), counts.experts_on_rank(settings)
-    count = dense + experts
+    dense, experts = counts.dense_on_rank(settings) - counts.frozen, counts.experts_on_rank(settings)
+    trained = dense + experts
+    buffers = _buffers(settings, rank)
     sharing = max(1, world_size // (settings.tensor * settings.pipeline)) if settings.distributed_optimizer else 1
     expert_ranks = settings.expert_tensor * settings.expert * settings.pipeline
     expert_sharing = max(1, world_size // expert_ranks) if settings.distributed_optimizer else 1
@@ -84,16 +87,26 @@ def on_rank(settings: Settings, world_size: int, rank: int) -> Memory:
 
     under_way = _in_flight(settings, rank, microbatches(settings, world_size))
     kept = _kept_on_rank(settings, rank, under_way)
-    plain = _kept_on_rank(replace(settings, routing=None), rank, under_way) if settings.recurrent else kept
-    own = settings.dtype_bytes + settings.grad_bytes + per_parameter / sharing
+    plain = _kept_on_rank(replace(settings, routing=None), rank, under_way)
+    routing = settings.dtype_bytes * counts.routing + buffers
+    routing += (settings.grad_bytes + per_parameter / sharing) * (counts.routing - counts.frozen)
     return Memory(
-        weights=settings.dtype_bytes * count,
-        gradients=settings.grad_bytes * count,
+        weights=settings.dtype_bytes * (trained + counts.frozen) + buffers,
+        gradients=settings.grad_bytes * trained,
         optimizer=optimizer,
         activations=kept,
         workspace=_workspace(settings, rank),
-        routing=int(counts.routing * own) + kept - plain,
+        routing=int(routing) + kept - plain,
+        frozen=settings.dtype_bytes * counts.frozen,
     )
+
+
+def _buffers(settings: Settings, rank: int) -> int:
+    """Bytes of the buffers that the router's modules on a pipeline rank have."""
+    if settings.routing is None:
+        return 0
+    routed = sum(settings.moe_layers[index] for index in parameters.layers_of_rank(settings, rank))
+    return settings.routing.buffers_shared + routed * settings.routing.buffers_layer
 
 
 def microbatches(settings: Settings, world_size: int) -> int:
@@ -132,14 +145,14 @@ def _kept_under_full(settings: Settings, layers: list[int]) -> float:
         kept = 0.0
         for position, index in enumerate(layers):
             recomputed = position % each < settings.recompute_num_layers
-            kept += _carried(settings) if recomputed else layer(settings, index)
+            kept += _carried(settings, index) if recomputed else layer(settings, index)
         return kept
-    return _carried(settings) * len(layers) / settings.recompute_num_layers
+    return sum(_carried(settings, index) for index in layers[:: settings.recompute_num_layers])
 
 
-def _carried(settings: Settings) -> float:
-    """What goes from layer to layer: hidden states and the routing state."""
-    width = settings.hidden_size * settings.dtype_bytes + _state(settings)
+def _carried(settings: Settings, index: int) -> float:
+    """What goes into layer ``index``: hidden states and, but for the model's first, the routing state."""
+    width = settings.hidden_size * settings.dtype_bytes + (_state(settings) if index else 0)
     return width * tokens_on_rank(settings) / _sequence_share(settings)
 
 
@@ -214,6 +227,10 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
     kept = here * (12 * settings.num_experts + 28 * settings.topk)  # scores, indices, maps
     if settings.routing:
         kept += here * settings.routing.kept + settings.routing.kept_once
+        if not (
+            settings.routing.keeps_input or settings.shared_expert_size or "layernorm" in settings.recompute_modules
+        ):
+            kept -= narrow * tokens  # the norm's result: frozen weights do not need it
     # under expert-tensor parallelism each rank works on the tokens of the whole group, with a part of each expert
     rows = here * settings.topk * settings.expert_tensor
     ffn = settings.expert_ffn_size / settings.expert_tensor

@@ -16,7 +16,8 @@ class Counts:
         whole: a full copy on every tensor-parallel rank (norms, biases of row-parallel maps, routing).
         experts: divided over expert-parallel and expert-tensor-parallel ranks.
         expert_whole: as experts, but not divided by tensor parallelism (the experts' output biases).
-        routing: of ``whole``, those of routers, projectors and the shared recurrence.
+        routing: of ``whole``, those of the layers' routers and of what they share.
+        frozen: of ``routing``, those that are never trained: no gradient, no optimizer state.
     """
 
     split: int = 0
@@ -24,13 +25,14 @@ class Counts:
     experts: int = 0
     expert_whole: int = 0
     routing: int = 0
+    frozen: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(self.as_tuple(), other.as_tuple(), strict=True)))
 
     def as_tuple(self) -> tuple[int, ...]:
         """The fields in order."""
-        return self.split, self.whole, self.experts, self.expert_whole, self.routing
+        return self.split, self.whole, self.experts, self.expert_whole, self.routing, self.frozen
 
     @property
     def total(self) -> int:
@@ -51,16 +53,21 @@ def norm(settings: Settings, size: int) -> int:
     return size * (2 if settings.layer_norm else 1)
 
 
-def recurrence(settings: Settings) -> int:
-    """What all layers share of a recurrent router."""
-    return settings.routing.shared if settings.routing else 0
+def recurrence(settings: Settings) -> Counts:
+    """What all layers share of a router."""
+    if settings.routing is None:
+        return Counts()
+    shared = settings.routing.shared
+    return Counts(whole=shared, routing=shared, frozen=settings.routing.frozen_shared)
 
 
-def router(settings: Settings) -> int:
-    """One layer's router: the host's own matrix [E, H], or what a recurrent type gives every layer."""
-    if settings.routing:
-        return settings.routing.layer
-    return settings.num_experts * (settings.hidden_size + (1 if settings.linear_bias else 0))
+def router(settings: Settings) -> Counts:
+    """One layer's router: the host's own matrix [E, H], or what its type gives every layer."""
+    if settings.routing is not None:
+        owned = settings.routing.layer
+        return Counts(whole=owned, routing=owned, frozen=settings.routing.frozen_layer)
+    matrix = settings.num_experts * (settings.hidden_size + (1 if settings.linear_bias else 0))
+    return Counts(whole=matrix, routing=matrix)
 
 
 def layer(settings: Settings, index: int) -> Counts:
@@ -76,11 +83,8 @@ def layer(settings: Settings, index: int) -> Counts:
         ffn = settings.ffn_size
         return attention + Counts(split=(up + 1) * ffn * hidden + bias * up * ffn, whole=bias * hidden)
     ffn, experts = settings.expert_ffn_size, settings.num_experts
-    routed = Counts(
-        whole=router(settings),
-        experts=experts * ((up + 1) * ffn * hidden + bias * up * ffn),
-        expert_whole=experts * bias * hidden,
-        routing=router(settings),
+    routed = router(settings) + Counts(
+        experts=experts * ((up + 1) * ffn * hidden + bias * up * ffn), expert_whole=experts * bias * hidden
     )
     shared = Counts(
         split=(up + 1) * settings.shared_expert_size * hidden,
@@ -103,10 +107,10 @@ def embedding(settings: Settings) -> Counts:
 
 def model(settings: Settings) -> Counts:
     """The model, each parameter once, whatever the layout."""
-    counts = embedding(settings) + Counts(
+    counts = embedding(settings) + recurrence(settings)
+    counts += Counts(
         split=0 if settings.tied else settings.vocab_size * settings.hidden_size,
-        whole=norm(settings, settings.hidden_size) + recurrence(settings),
-        routing=recurrence(settings),
+        whole=norm(settings, settings.hidden_size),
     )
     for index in range(settings.num_layers):
         counts += layer(settings, index)
@@ -114,8 +118,8 @@ def model(settings: Settings) -> Counts:
 
 
 def stage(settings: Settings, rank: int) -> Counts:
-    """What pipeline rank ``rank`` holds, copies included: the recurrence, and a tied embedding on the last one."""
-    counts = Counts(whole=recurrence(settings), routing=recurrence(settings))
+    """What pipeline rank ``rank`` holds, copies included: what layers share, and a tied embedding on the last one."""
+    counts = recurrence(settings)
     for index in layers_of_rank(settings, rank):
         counts += layer(settings, index)
     first, last = rank == 0, rank == settings.pipeline - 1

@@ -73,6 +73,7 @@ def _data_parallel(settings: Settings, world_size: int, rank: int) -> int:
     expert_ranks = max(1, world_size // (settings.expert * settings.expert_tensor * settings.pipeline))
     # an all-reduce is a reduce-scatter and an all-gather of gradients; the distributed optimizer gathers weights
     gathered = settings.dtype_bytes if settings.distributed_optimizer else settings.grad_bytes
-    sent = counts.dense_on_rank(settings) * (dense_ranks - 1) / dense_ranks
+    # neither is done for frozen weights
+    sent = (counts.dense_on_rank(settings) - counts.frozen) * (dense_ranks - 1) / dense_ranks
     sent += counts.experts_on_rank(settings) * (expert_ranks - 1) / expert_ranks
     return int(sent * (settings.grad_bytes + gathered))

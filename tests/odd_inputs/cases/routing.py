@@ -1,5 +1,8 @@
 """Odd options of the router and of its balancing."""
 
+from pathlib import Path
+
+from rmoe_megablocks.launcher.config import REPOSITORY
 from tests.odd_inputs.case import Case
 from tests.odd_inputs.cases.environment import SHORT, TINY, trained, would_start
 
@@ -10,6 +13,21 @@ def refused(options: str, line: str) -> Case:
 
 def works(options: str) -> Case:
     return Case(options, f"{TINY} {options}", works=would_start)
+
+
+def own(name: str, code: str, line: str) -> Case:
+    """A type of one's own, in the folder that the run is started in."""
+    return Case(name, f"{TINY} --moe-router-type own:Router", refused=line, files={"own.py": code})
+
+
+BASE_CLASS = "from rmoe_megablocks.routing import *\nclass Router(RouterLayer):\n"
+ROUTE = "    def route(self, x_TH, h_TP, shared, dtype): return x_TH[..., : self.config.num_experts], None\n"
+
+
+def two_types(folder: Path) -> None:
+    """The base's arguments are gru's."""
+    base = REPOSITORY / "configs" / "tiny.yaml"
+    (folder / "config.yaml").write_text(f"defaults: {base}\nMODEL_ARGS:\n  --moe-router-type: mlp\n")
 
 
 CASES = [
@@ -30,6 +48,53 @@ CASES = [
     works("--moe-router-init fan_in --moe-router-rnn-bias"),
     works("--moe-router-init fan_in --moe-router-type linear"),
     works("--moe-router-rnn-hidden-size 1"),
+    refused("--moe-router-type lsmt", r"unknown router type 'lsmt', did you mean lstm\?"),
+    refused("--moe-router-type nowhere.at_all:Router", "cannot import 'nowhere.at_all' .ModuleNotFoundError"),
+    refused("--moe-router-type math:Router", "math has no Router"),
+    refused("--moe-router-type product_key", "product_key needs a square number of experts, as 16 or 64, got 8"),
+    refused("--moe-router-head product_key", "needs a square number of experts, as 16 or 64, got 8"),
+    refused("--moe-router-type mlp --moe-router-rnn-hidden-size 8", "belongs to .*gru.*: leave it out with mlp"),
+    refused("--moe-router-mlp-hidden-size 8", "--moe-router-mlp-hidden-size belongs to --moe-router-type mlp: leave"),
+    refused("--moe-router-type linear --moe-router-residual 1", "--moe-router-residual belongs to"),
+    refused("--moe-router-recurrence some", "--moe-router-recurrence: invalid choice: 'some'"),
+    refused("--moe-router-residual -1", "--moe-router-residual.* must be a number of at least 0, got -1"),
+    refused("--moe-router-residual nan", "--moe-router-residual.* must be a number of at least 0, got nan"),
+    refused("--moe-router-head xmoe --moe-router-temperature 0", "--moe-router-temperature.*above 0, got 0"),
+    refused("--moe-router-residual 1 --moe-z-loss-coeff 0.1", "residual does not work with --moe-z-loss-coeff"),
+    refused(
+        "--moe-router-residual 1 --moe-router-score-function sigmoid",
+        "--moe-router-residual does not work with --moe-router-score-function sigmoid",
+    ),
+    own(
+        "a router type that is no module", "class Router: pass\n", "no subclass of rmoe_megablocks.routing.RouterLayer"
+    ),
+    own("a router type without a step", BASE_CLASS + "    pass\n", "Router has no method route"),
+    own("a router type whose module raises", "1 / 0\n", r"cannot import 'own' \(ZeroDivisionError: division by zero"),
+    own(
+        "a router type with an argument of another spelling",
+        BASE_CLASS + "    arguments = (Argument('--x', 1, ''),)\n" + ROUTE,
+        "--x must begin with --moe-router-",
+    ),
+    own(
+        "a router type with another type's argument",
+        BASE_CLASS + "    arguments = (Argument('--moe-router-mlp-hidden-size', 1, ''),)\n" + ROUTE,
+        "--moe-router-mlp-hidden-size is another type's argument already",
+    ),
+    own(
+        "a router type that these sizes do not fit",
+        BASE_CLASS + "    @classmethod\n    def check(cls, config): raise ValueError('too few')\n" + ROUTE,
+        "--moe-router-type own:Router: too few",
+    ),
+    Case(
+        "a configuration file with another type's argument",
+        "pretrain --config config.yaml",
+        files=two_types,
+        refused="--moe-router-rnn-hidden-size belongs to .*: leave it out with mlp .*tiny.yaml, line",
+    ),
+    works("--moe-router-type mlp"),  # tiny.yaml's arguments of gru are dropped
+    works("--moe-router-type product_key --num-experts 16"),
+    works("--moe-router-residual 0.5 --moe-router-recurrence none"),
+    works("--moe-router-type xmoe --moe-router-temperature 0.07"),
     Case(
         "the linear router in bf16",
         f"{TINY} {SHORT} --moe-router-type linear --bf16",
