@@ -54,6 +54,7 @@ class RoutingConfig:
                     raise ValueError(f"{key.dest} {error}") from None
             else:
                 values[key] = value
+        object.__setattr__(self, "options", values)  # by name: an argument's check cannot be pickled
         object.__setattr__(self, "_values", tuple(sorted(values.items())))
 
     def __getitem__(self, argument: Argument) -> Any:

@@ -71,4 +71,4 @@ class Blocks(nn.ModuleList):
 
     def of(self, index: int) -> nn.Module:
         """The module of layer ``index``, counted from 0."""
-        return self[index // self.size]
+        return self[index // self.size if len(self) > 1 else 0]
