@@ -129,6 +129,14 @@ NOT_ALWAYS = {
     "TP2 SP @ recompute layernorm",
     "PP2 @ quantile balancing",
     "EP2 alltoall @ capacity factor, dropping by probs",
+    "PP2 @ --moe-router-share-projector 2, --moe-router-share-head 2",
+    "PP2 VPP2 @ --moe-router-share-projector 2, --moe-router-share-head 2",
+    "PP2 @ --moe-router-share-projector 3, --moe-router-share-head 3",
+    "PP2 VPP2 @ --moe-router-share-projector all, --moe-router-share-head all",
+    "CP2 @ --moe-router-share-projector all, --moe-router-share-head all",
+    "PP2 VPP2 @ projectors shared by 3 layers, full recompute",
+    "DP2 @ projectors shared by 3 layers, distributed optimizer, overlaps",
+    "PP2 @ projectors shared by 3 layers, distributed optimizer, overlaps",
 }
 # Whose routing gradients are compared element by element
 GRADIENTS = ("TP2 SP", "CP2", "EP2 alltoall", "PP2 VPP2 EP2")
