@@ -104,6 +104,8 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules "
 CASES = {
     "gru": "",
     "gru, fp32 routing": "--moe-router-dtype fp32",
+    "gru, projectors and heads shared": "--moe-router-dtype fp32 --moe-router-share-projector 2 "
+    "--moe-router-share-head all",
     "linear": "--moe-router-type linear --moe-router-rnn-hidden-size=null",
     "two matrices": "--no-swiglu",
     "dense layers": "--moe-layer-freq ([0]+[1]*2) --ffn-hidden-size 512",
