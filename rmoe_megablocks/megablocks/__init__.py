@@ -1,4 +1,4 @@
-"""The recurrent router in MegaBlocks' own layers, for models without Megatron-Core.
+"""The router types of this package in MegaBlocks' own layers, for models without Megatron-Core.
 
 ``dMoE(args)`` and ``MoE(args)`` build the router that the arguments name::
 
@@ -23,8 +23,11 @@
         out, router_state, layer_loss = layer(x, router_state)
         x, aux_loss = x + out, aux_loss + layer_loss
 
-or let :class:`RecurrentStack` own the recurrence and hand the state on. With ``moe_router_type="linear"`` the layers
-are MegaBlocks' own, to the bit and with their own signature.
+or let :class:`RecurrentStack` own the recurrence and hand the state on. Every type of
+:func:`rmoe_megablocks.routing.router_types` works so, with its arguments in ``moe_router_options``, and one of yours as
+``module:Class``. Where layers hand nothing on, ``router_state`` stays None, and where they share nothing
+:func:`share_recurrence` returns None and may be left out. With ``moe_router_type="linear"`` the layers are MegaBlocks'
+own, to the bit and with their own signature.
 
 ``rmoe.dMoE`` and ``rmoe.MoE`` are MegaBlocks' classes, wherever they are imported from. Importing this package before
 anything imports MegaBlocks makes MegaBlocks run here, see :mod:`rmoe_megablocks.compat.megablocks`; ``.router`` and

@@ -22,7 +22,9 @@ from rmoe_megablocks.routing import (
     STATE_SIZE,
     RouterType,
     RoutingConfig,
+    all_arguments,
     get_router_type,
+    owners,
 )
 
 # int(ceil(log2(0))) is what ParallelDroplessMLP computes below one block of its sparse matrix, used or not.
@@ -44,14 +46,14 @@ class Arguments(megablocks.Arguments):
     ``linear`` is MegaBlocks' own router, drawn by ``init_method``.
 
     Args:
-        moe_router_type: a name from :func:`rmoe_megablocks.routing.router_types`.
-            or ``module:Class``.
+        moe_router_type: a name from :func:`rmoe_megablocks.routing.router_types`, or ``module:Class``.
         moe_router_rnn_hidden_size: P, width of the routing state.
         moe_router_rnn_bias: whether projector and router have biases.
         moe_router_rnn_init: how a recurrent cell is drawn, as ``--moe-router-rnn-init``.
         moe_router_init: how what a layer owns is drawn, as ``--moe-router-init``; with ``linear`` the default alone.
         moe_router_options: the type's other arguments by name, ``{"moe_router_recurrence": "detach"}``: those that
-            ``get_router_type(name).arguments`` lists.
+            ``get_router_type(name).arguments`` lists. What the type does not take is refused, here and in the four
+            fields above.
         moe_router_dtype: ``"fp32"`` routes in fp32 in a model of another dtype; None in the dtype of the input.
     """
 
@@ -82,30 +84,53 @@ def router_option(args: megablocks.Arguments, name: str):
 
 
 def router_type(args: megablocks.Arguments) -> RouterType:
-    """The router that ``args`` ask for. Raises ValueError that lists the known ones."""
-    return get_router_type(router_option(args, "moe_router_type"))
+    """The router that ``args`` ask for. Raises UsageError that lists the known ones."""
+    name = router_option(args, "moe_router_type")
+    if not isinstance(name, str):
+        raise UsageError(f"moe_router_type must be a name, got {name!r}")
+    try:
+        return get_router_type(name)
+    except ValueError as error:
+        raise UsageError(f"moe_router_type: {error}") from None
 
 
 def routing_config(args: megablocks.Arguments) -> RoutingConfig:
-    """Sizes and choices of the router. Raises ValueError for what it does not take, or what does not go together."""
+    """Sizes and choices of the router. Raises UsageError for what it does not take, or what does not go together."""
     kind = router_type(args)
     own = {argument.dest: argument for argument in kind.arguments}
     given = {name: router_option(args, name) for name in _FIELDS}
     given = {name: value for name, value in given.items() if name in own or value != _FIELDS[name].default}
-    given |= router_option(args, "moe_router_options")
+    given |= _further_options(args)
     for name in given:
         if name not in own:
-            known = ", ".join(own)
-            raise ValueError(f"{name} is no argument of moe_router_type={kind.name!r}, which takes {known}")
-    config = RoutingConfig(
-        hidden_size=args.hidden_size,
-        num_experts=args.moe_num_experts,
-        options={own[name]: value for name, value in given.items()},
-        num_layers=args.num_layers,
-        init_method=args.init_method,
-    )
-    kind.check(config)
+            belongs = [owner for argument in all_arguments() if argument.dest == name for owner in owners(argument)]
+            belongs = f" but of {', '.join(belongs)}" if belongs else ""
+            raise UsageError(
+                f"{name} is no argument of moe_router_type={kind.name!r}{belongs}: leave it out "
+                f"({kind.name} takes {', '.join(own)})"
+            )
+    try:
+        config = RoutingConfig(
+            hidden_size=args.hidden_size,
+            num_experts=args.moe_num_experts,
+            options={own[name]: value for name, value in given.items()},
+            num_layers=args.num_layers,
+            init_method=args.init_method,
+        )
+        kind.check(config)
+    except ValueError as error:
+        raise UsageError(f"moe_router_type={kind.name!r}: {error}") from None
     return config
+
+
+def _further_options(args: megablocks.Arguments) -> Mapping[str, Any]:
+    options = router_option(args, "moe_router_options")
+    if not isinstance(options, Mapping):
+        raise UsageError(f"moe_router_options must be a dictionary of names and values, got {options!r}")
+    for name in options:
+        if name in _FIELDS:
+            raise UsageError(f"moe_router_options: {name} is a field of Arguments, set it there")
+    return options
 
 
 def router_dtype(args: megablocks.Arguments) -> torch.dtype | None:
@@ -138,8 +163,7 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         )
     if args.fp16 and args.bf16:
         raise UsageError("fp16 and bf16 are both True, and MegaBlocks would take fp16 (its default): set one to False")
-    if args.num_layers < 1:
-        raise UsageError(f"num_layers must be at least 1, got {args.num_layers}")
+    routing_config(args)
     if args.shared_expert and args.bias and args.return_bias:
         raise UsageError("shared_expert does not work with a returned bias: set bias or return_bias to False")
     shards = 1

@@ -19,8 +19,8 @@ _MISSING = object()
 def register() -> None:
     """Makes ``MoE(args)`` and ``dMoE(args)``, and subclasses of theirs, build the router that ``args`` name.
 
-    For a recurrent type they give an instance of a subclass, :class:`RecurrentMoE` and the class that was called; for
-    ``linear`` the class itself. The one thing that changes in MegaBlocks is ``MoE.__new__``. Idempotent.
+    For every type but ``linear`` they give an instance of a subclass, :class:`RecurrentMoE` and the class that was
+    called; for ``linear`` the class itself. The one thing that changes in MegaBlocks is ``MoE.__new__``. Idempotent.
     """
     MoE.__new__ = staticmethod(_new)
 
@@ -54,8 +54,8 @@ class RecurrentMoE:
 
         Args:
             x: [..., H] as the layer takes it, usually [S, B, H], in the dtype of the layer.
-            router_state: [..., P] from the previous MoE layer, None in the first one. Always given: a model that
-                forgot it would train, with layers that know nothing of each other.
+            router_state: [..., state_size] from the previous MoE layer, None in the first one and with a type without
+                a state. Always given: a model that forgot it would train, with layers that know nothing of each other.
 
         Returns:
             ``(out, router_state, aux_loss)``, or ``(out, bias, router_state, aux_loss)`` where the layer returns its
@@ -63,7 +63,7 @@ class RecurrentMoE:
             ``moe_loss_weight / num_layers`` and z-loss times ``moe_zloss_weight``; 0 in eval mode.
 
         Raises:
-            RuntimeError: no recurrence, see :func:`.share_recurrence`.
+            RuntimeError: a type whose layers share something, without it: see :func:`.share_recurrence`.
             TypeError: called as a stock layer, without a state.
             ValueError: an input or a state of another shape, dtype or device than the layer's.
         """
@@ -83,7 +83,10 @@ class RecurrentMoE:
                 f"out{bias}, router_state, aux_loss = layer(x, router_state), with router_state=None in the first layer"
             )
         if not self.router.bound:
-            raise RuntimeError("this layer has no recurrence yet: call share_recurrence(model) or use RecurrentStack")
+            raise RuntimeError(
+                "this layer has not been given what it shares with the others: call share_recurrence(model) or use "
+                "RecurrentStack"
+            )
         weight = next(self.experts.mlp.parameters())
         hidden = self.experts.args.hidden_size
         if x.dim() < 2 or x.shape[-1] != hidden or (x.dim() != 3 and not isinstance(self, dMoE)):

@@ -1,4 +1,4 @@
-"""MegaBlocks' router with its logits coming from the recurrence."""
+"""MegaBlocks' router with its logits coming from a router type of this package."""
 
 import megablocks
 import torch
@@ -63,8 +63,8 @@ class RecurrentRouter(router.LearnedRouter):
         self._aux_loss = self._loss(logits_TE, scores_TE, experts_TK)
         return scores_TE, weights_TK.to(dtype), experts_TK
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Fetches the state of this layer [..., P] and its loss, and forgets them."""
+    def take(self) -> tuple[Tensor | None, Tensor]:
+        """Fetches this layer's state [..., state_size] (None of a type without one) and its loss, and forgets both."""
         h = self.slot.take()
         aux_loss, self._aux_loss = self._aux_loss, None
         return h, aux_loss

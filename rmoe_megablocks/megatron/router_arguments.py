@@ -8,6 +8,8 @@ from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.routing import (
     RESIDUAL,
+    SHARE_HEAD,
+    SHARE_PROJECTOR,
     Argument,
     RouterType,
     RoutingConfig,
@@ -105,9 +107,17 @@ def routing_config(args: argparse.Namespace, init_method: Callable | None = None
     options = {argument: getattr(args, argument.dest) for argument in router_type(args).arguments}
     sizes = {"hidden_size": args.hidden_size, "num_experts": args.num_experts, "num_layers": args.num_layers}
     drawn = {} if init_method is None else {"init_method": init_method}
-    config = RoutingConfig(**sizes, options=options, **drawn)
+    config = RoutingConfig(**sizes, options=options, moe_layers=_moe_layers(args), **drawn)
     router_type(args).check(config)
     return config
+
+
+def _moe_layers(args: argparse.Namespace) -> frozenset[int] | None:
+    """Layers with experts by ``--moe-layer-freq``, as far as it makes sense: elsewhere it is refused otherwise."""
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, list):
+        return frozenset(index for index, experts in enumerate(frequency) if experts)
+    return frozenset(range(0, args.num_layers, frequency)) if frequency > 0 else None
 
 
 def named(options: set[str]) -> Iterator[Argument]:
@@ -125,6 +135,12 @@ def check(args: argparse.Namespace) -> None:
             )
     if RESIDUAL in kind.arguments and getattr(args, RESIDUAL.dest):
         _check_residual(args)
+    for argument in (SHARE_PROJECTOR, SHARE_HEAD):
+        if args.mtp_num_layers and argument in kind.arguments and getattr(args, argument.dest) != argument.default:
+            raise UsageError(
+                f"{argument.option} does not work with --mtp-num-layers, whose layers are numbered on their own and "
+                "belong to no block of the decoder's: leave out one of them"
+            )
     if not args.num_experts or None in (args.hidden_size, args.num_layers):
         return  # said elsewhere
     try:

@@ -19,7 +19,8 @@ from rmoe_megablocks.routing.registry import (
     register,
     router_types,
 )
-from rmoe_megablocks.routing.shared import SharedRouting
+from rmoe_megablocks.routing.shared import Shareable, SharedRouting
+from rmoe_megablocks.routing.sharing import SHARE_HEAD, SHARE_PROJECTOR
 from rmoe_megablocks.routing.state import RoutingStateError, StateSlot
 
 __all__ = [
@@ -33,12 +34,15 @@ __all__ = [
     "RECURRENCE",
     "RESIDUAL",
     "RNN_INIT",
+    "SHARE_HEAD",
+    "SHARE_PROJECTOR",
     "STATE_SIZE",
     "Argument",
     "RouterLayer",
     "RouterType",
     "RoutingConfig",
     "RoutingStateError",
+    "Shareable",
     "SharedRouting",
     "StateSlot",
     "above_zero",

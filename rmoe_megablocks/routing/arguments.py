@@ -50,6 +50,8 @@ class Argument:
         kind = type(self.default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if kind is str and type(value) is int and not self.choices:
+            value = str(value)  # of an argument that takes words and numbers, as a block's size
         if type(value) is not kind:
             named = {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a word")
             raise ValueError(f"must be {named}, got {value!r}")

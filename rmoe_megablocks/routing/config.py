@@ -24,6 +24,7 @@ class RoutingConfig:
         options: values by :class:`.Argument` (or its ``dest``); those left out have their defaults.
         num_layers: of the model, for what blocks of layers share.
         init_method: fills a weight matrix in place where ``--moe-router-init init_method`` draws it; default N(0, .02).
+        moe_layers: which layers have experts, by index from 0; None where the host does not say.
 
     Raises:
         ValueError: a size that is no whole number of at least 1, a value that an argument does not take.
@@ -34,6 +35,7 @@ class RoutingConfig:
     options: Mapping[Argument | str, Any] = field(default_factory=dict, hash=False)
     num_layers: int = 1
     init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+    moe_layers: frozenset[int] | None = None
     _values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class RoutingConfig:
                     raise ValueError(f"{key.dest} {error}") from None
             else:
                 values[key] = value
+        object.__setattr__(self, "options", values)  # by name: an argument's check cannot be pickled
         object.__setattr__(self, "_values", tuple(sorted(values.items())))
 
     def __getitem__(self, argument: Argument) -> Any:

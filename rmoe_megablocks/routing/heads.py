@@ -18,6 +18,7 @@ from rmoe_megablocks.routing.arguments import Argument, above_zero, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
 from rmoe_megablocks.routing.initialisation import draw
 from rmoe_megablocks.routing.layer import RouterLayer
+from rmoe_megablocks.routing.shared import Shareable
 
 TEMPERATURE = Argument(
     "--moe-router-temperature",
@@ -38,30 +39,36 @@ _EMBEDDING_NORM = 1.5
 _LARGEST_SCALE = 100.0
 
 
-class LinearHead(nn.Module):
-    """logits = W v (+ b); parameters weight [E, N], bias [E]."""
+class Linear(Shareable):
+    """W v (+ b); parameters weight [M, N], bias [M]."""
 
-    def __init__(self, config: RoutingConfig, inputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
-        self.bias = nn.Parameter(torch.empty(config.num_experts)) if bias else None
+    def __init__(self, config: RoutingConfig, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draws matrix and bias by ``--moe-router-init``."""
         draw(self.config, self.weight, self.bias)
 
     def forward(self, v_TN: Tensor, dtype: torch.dtype) -> Tensor:
-        """v [..., N] -> logits [..., E] in ``dtype``."""
-        return linear_in_dtype(v_TN, self.weight, self.bias, dtype)
+        """v [..., N] -> [..., M] in ``dtype``."""
+        bias = None if self.bias is None else self.cast(self.bias, dtype)
+        return linear_in_dtype(v_TN, self.cast(self.weight, dtype), bias, dtype)
 
 
-class CosineHead(nn.Module):
+class LinearHead(Linear):
+    """logits = W v (+ b); parameters weight [E, N], bias [E]."""
+
+    def __init__(self, config: RoutingConfig, inputs: int, bias: bool = False) -> None:
+        super().__init__(config, inputs, config.num_experts, bias)
+
+
+class CosineHead(Shareable):
     """logits = cos(v, e_i) * scale; parameters embeddings [E, N] and log_scale [1], learnt from 1/tau on."""
 
     def __init__(self, config: RoutingConfig, inputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embeddings = nn.Parameter(torch.empty(config.num_experts, inputs))
         self.log_scale = nn.Parameter(torch.empty(1))
 
@@ -73,11 +80,13 @@ class CosineHead(nn.Module):
 
     def forward(self, v_TN: Tensor, dtype: torch.dtype) -> Tensor:
         """v [..., N] -> logits [..., E] in ``dtype``."""
-        similarities_TE = F.normalize(v_TN.to(dtype), dim=-1) @ F.normalize(self.embeddings.to(dtype), dim=-1).mT
-        return similarities_TE * self.log_scale.to(dtype).clamp_max(math.log(_LARGEST_SCALE)).exp()
+        similarities_TE = (
+            F.normalize(v_TN.to(dtype), dim=-1) @ F.normalize(self.cast(self.embeddings, dtype), dim=-1).mT
+        )
+        return similarities_TE * self.cast(self.log_scale, dtype).clamp_max(math.log(_LARGEST_SCALE)).exp()
 
 
-class XMoEHead(nn.Module):
+class XMoEHead(Shareable):
     """logits = (W v) . e_i/|e_i| / tau; parameters projection [D, N], embeddings [E, D].
 
     The code base rescales the embeddings' rows to a norm of 1.5 before every forward pass. They start with it here and
@@ -86,8 +95,7 @@ class XMoEHead(nn.Module):
     """
 
     def __init__(self, config: RoutingConfig, inputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.projection = nn.Parameter(torch.empty(config[XMOE_SIZE], inputs))
         self.embeddings = nn.Parameter(torch.empty(config.num_experts, config[XMOE_SIZE]))
 
@@ -100,16 +108,15 @@ class XMoEHead(nn.Module):
 
     def forward(self, v_TN: Tensor, dtype: torch.dtype) -> Tensor:
         """v [..., N] -> logits [..., E] in ``dtype``."""
-        reduced_TD = linear_in_dtype(v_TN, self.projection, None, dtype)
-        return reduced_TD @ F.normalize(self.embeddings.to(dtype), dim=-1).mT / self.config[TEMPERATURE]
+        reduced_TD = linear_in_dtype(v_TN, self.cast(self.projection, dtype), None, dtype)
+        return reduced_TD @ F.normalize(self.cast(self.embeddings, dtype), dim=-1).mT / self.config[TEMPERATURE]
 
 
-class ProductKeyHead(nn.Module):
+class ProductKeyHead(Shareable):
     """E = n * n: logits_(i,j) = (W_a v)_i + (W_b v)_j; parameters rows, columns [n, N]."""
 
     def __init__(self, config: RoutingConfig, inputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.rows = nn.Parameter(torch.empty(math.isqrt(config.num_experts), inputs))
         self.columns = nn.Parameter(torch.empty(math.isqrt(config.num_experts), inputs))
 
@@ -120,8 +127,8 @@ class ProductKeyHead(nn.Module):
 
     def forward(self, v_TN: Tensor, dtype: torch.dtype) -> Tensor:
         """v [..., N] -> logits [..., E] in ``dtype``, of the experts (0, 0), (0, 1), ..."""
-        rows_TR = linear_in_dtype(v_TN, self.rows, None, dtype)
-        columns_TC = linear_in_dtype(v_TN, self.columns, None, dtype)
+        rows_TR = linear_in_dtype(v_TN, self.cast(self.rows, dtype), None, dtype)
+        columns_TC = linear_in_dtype(v_TN, self.cast(self.columns, dtype), None, dtype)
         return (rows_TR[..., :, None] + columns_TC[..., None, :]).flatten(-2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing.arguments import Argument, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.heads import HEADS, TEMPERATURE, XMOE_SIZE, check_head
+from rmoe_megablocks.routing.heads import HEADS, TEMPERATURE, XMOE_SIZE, Linear, check_head
 from rmoe_megablocks.routing.layer import RECURRENCE, RouterLayer
 from rmoe_megablocks.routing.shared import SharedRouting
+from rmoe_megablocks.routing.sharing import SHARE_HEAD, SHARE_PROJECTOR, Blocks, check_blocks, is_shared
 
 STATE_SIZE = Argument(
     "--moe-router-rnn-hidden-size",
@@ -46,24 +48,31 @@ class SharedCell(SharedRouting):
     """Base of the recurrences: ``cell(p_TP, h) -> h``, h [T, state_size] or None for h_0 = 0.
 
     Parameters as torch.nn's cells: weight_ih [GP, P], weight_hh [GP, P], bias_ih, bias_hh [GP] with :attr:`gates` G.
+    Projectors and heads that layers share are children, one a block of layers: projectors.B.weight [P, H] and .bias
+    [P], heads.B as :mod:`.heads` has them. They are drawn behind the cell, by ``--moe-router-init``.
     """
 
     gates: int
 
     def __init__(self, config: RoutingConfig) -> None:
         super().__init__(config)
-        size = config[STATE_SIZE]
+        size, bias = config[STATE_SIZE], config[BIAS]
         self.weight_ih = nn.Parameter(torch.empty(self.gates * size, size))
         self.weight_hh = nn.Parameter(torch.empty(self.gates * size, size))
         self.bias_ih = nn.Parameter(torch.empty(self.gates * size))
         self.bias_hh = nn.Parameter(torch.empty(self.gates * size))
         self.reset_parameters()
+        self.projectors = self.heads = None
+        if is_shared(config, SHARE_PROJECTOR):
+            self.projectors = Blocks(config, SHARE_PROJECTOR, partial(Linear, config, config.hidden_size, size, bias))
+        if is_shared(config, SHARE_HEAD):
+            self.heads = Blocks(config, SHARE_HEAD, partial(HEADS[config[HEAD]], config, size, bias))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the parameters anew by ``--moe-router-rnn-init``."""
+        """Draws the cell's own parameters anew by ``--moe-router-rnn-init``."""
         bound = 1 / math.sqrt(self.config[STATE_SIZE])
-        for parameter in self.parameters():
+        for parameter in self.parameters(recurse=False):
             if self.config[RNN_INIT] == "standard":
                 parameter.uniform_(-bound, bound)
             else:
@@ -75,19 +84,33 @@ class SharedCell(SharedRouting):
             self.cast(weight, dtype) for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         )
 
+    def unused_by(self, layers: set[int]) -> list[int]:
+        """The first layer of every block that has none of ``layers``; at least one layer if there are none at all."""
+        used, further = set(layers), super().unused_by(layers)
+        used.update(further)
+        for blocks in (self.projectors, self.heads):
+            for first in [] if blocks is None else range(0, self.config.num_layers, blocks.size):
+                if used.isdisjoint(range(first, first + blocks.size)):
+                    further.append(first)
+                    used.add(first)
+        return further
+
 
 class RecurrentLayer(RouterLayer):
     """Projector and head of one layer around the shared cell.
 
     Parameters: projector [P, H] and router [E, P], with ``--moe-router-rnn-bias`` projector_bias [P] and router_bias
-    [E]; with another head than linear the module ``head`` in the place of router.
+    [E]; with another head than linear the module ``head`` in the place of router. What is shared by further layers is
+    the shared cell's.
     """
 
-    arguments = (STATE_SIZE, BIAS, RNN_INIT, RECURRENCE, HEAD, TEMPERATURE, XMOE_SIZE)
+    arguments = (STATE_SIZE, BIAS, RNN_INIT, RECURRENCE, HEAD, TEMPERATURE, XMOE_SIZE, SHARE_PROJECTOR, SHARE_HEAD)
 
     @classmethod
     def check(cls, config: RoutingConfig) -> None:
         check_head(HEADS[config[HEAD]], config)
+        for argument in (SHARE_PROJECTOR, SHARE_HEAD):
+            check_blocks(config, argument)
 
     @classmethod
     def own_state_size(cls, config: RoutingConfig) -> int:
@@ -96,12 +119,13 @@ class RecurrentLayer(RouterLayer):
     def __init__(self, config: RoutingConfig) -> None:
         super().__init__(config)
         size, bias = config[STATE_SIZE], config[BIAS]
-        self.projector = nn.Parameter(torch.empty(size, config.hidden_size))
-        linear = config[HEAD] == "linear"
+        projects, reads = (not is_shared(config, argument) for argument in (SHARE_PROJECTOR, SHARE_HEAD))
+        linear = config[HEAD] == "linear" and reads
+        self.projector = nn.Parameter(torch.empty(size, config.hidden_size)) if projects else None
         self.router = nn.Parameter(torch.empty(config.num_experts, size)) if linear else None
-        self.projector_bias = nn.Parameter(torch.empty(size)) if bias else None
+        self.projector_bias = nn.Parameter(torch.empty(size)) if bias and projects else None
         self.router_bias = nn.Parameter(torch.empty(config.num_experts)) if bias and linear else None
-        self.head = None if linear else HEADS[config[HEAD]](config, size)
+        self.head = HEADS[config[HEAD]](config, size) if reads and not linear else None
 
     def reset_parameters(self) -> None:
         """Projector and head by ``--moe-router-init``."""
@@ -114,9 +138,13 @@ class RecurrentLayer(RouterLayer):
         return h
 
     def route(self, x_TH: Tensor, h_TP: Tensor | None, shared: SharedCell, dtype: torch.dtype):
-        p_TP = linear_in_dtype(x_TH, self.projector, self.projector_bias, dtype)
+        if self.projector is None:
+            p_TP = shared.projectors.of(self.index)(x_TH, dtype)
+        else:
+            p_TP = linear_in_dtype(x_TH, self.projector, self.projector_bias, dtype)
         h_TP = shared(p_TP, h_TP)
         read_TP = self.read(h_TP)
-        if self.head is not None:
-            return self.head(read_TP, dtype), h_TP
-        return linear_in_dtype(read_TP, self.router, self.router_bias, dtype), h_TP
+        if self.router is not None:
+            return linear_in_dtype(read_TP, self.router, self.router_bias, dtype), h_TP
+        head = shared.heads.of(self.index) if self.head is None else self.head
+        return head(read_TP, dtype), h_TP

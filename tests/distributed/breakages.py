@@ -25,13 +25,13 @@ def _detached_state():
 
 
 @contextlib.contextmanager
-def _changed_parameters(**attributes):
+def _changed_parameters(part: str = "", **attributes):
     original = SharedRecurrence.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        for parameter in self.parameters():
-            for name, value in attributes.items():
+        for place, parameter in self.named_parameters():
+            for name, value in attributes.items() if part in place else ():
                 setattr(parameter, name, value)
 
     with mock.patch.object(install.SharedRecurrence, "__init__", init):
@@ -160,6 +160,7 @@ _BREAKAGES = {
     "gradient": lambda: _at_iteration(3, 3, _spoil_gradient),
     "no check of the optimizer's layout": lambda: mock.patch.object(resharding, "check_optimizer_layout"),
     "another checkpoint on rank 1": _another_checkpoint_on_rank_1,
+    "shared projectors not synced over stages": lambda: _changed_parameters("projectors", pipeline_parallel=False),
     "no bucket of its own": lambda: _changed_parameters(shared_embedding=False),
 }
 

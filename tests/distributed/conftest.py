@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed import further_cases, router_cases
+from tests.distributed import further_cases, router_cases, sharing_cases
 from tests.distributed.arguments import ALL_CELLS
 from tests.distributed.lab import Lab
 
@@ -11,7 +11,7 @@ from tests.distributed.lab import Lab
 def lab(tmp_path_factory) -> Lab:
     """All cases of the tables, run."""
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.run(further_cases.everything())
+    lab.run([*further_cases.everything(), *sharing_cases.everything()])
     return lab
 
 

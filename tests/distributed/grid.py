@@ -129,6 +129,14 @@ NOT_ALWAYS = {
     "TP2 SP @ recompute layernorm",
     "PP2 @ quantile balancing",
     "EP2 alltoall @ capacity factor, dropping by probs",
+    "PP2 @ --moe-router-share-projector 2, --moe-router-share-head 2",
+    "PP2 VPP2 @ --moe-router-share-projector 2, --moe-router-share-head 2",
+    "PP2 @ --moe-router-share-projector 3, --moe-router-share-head 3",
+    "PP2 VPP2 @ --moe-router-share-projector all, --moe-router-share-head all",
+    "CP2 @ --moe-router-share-projector all, --moe-router-share-head all",
+    "PP2 VPP2 @ projectors shared by 3 layers, full recompute",
+    "DP2 @ projectors shared by 3 layers, distributed optimizer, overlaps",
+    "PP2 @ projectors shared by 3 layers, distributed optimizer, overlaps",
 }
 # Whose routing gradients are compared element by element
 GRADIENTS = ("TP2 SP", "CP2", "EP2 alltoall", "PP2 VPP2 EP2")
@@ -207,7 +215,34 @@ OPTIONS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "--moe-router-dtype fp64": ("base", ["--moe-router-dtype", "fp64"], ("PP2",)),
     "--moe-router-rnn-bias": ("biases", [], ("TP2 SP",)),
     "--moe-router-init fan_in, biases": ("fan_in", [], ("PP2", "EP2 alltoall")),
+    "--moe-router-share-projector 2, --moe-router-share-head 2": ("shared in twos", [], ("PP2", "PP2 VPP2", "TP2 SP")),
+    "--moe-router-share-projector 3, --moe-router-share-head 3": ("shared in threes", [], ("PP2", "PP2 VPP2", "PP4")),
+    "--moe-router-share-projector all, --moe-router-share-head all": ("shared by all", [], ("PP2 VPP2", "CP2")),
+    "projectors shared by 3 layers, full recompute": ("shared in threes", FULL_RECOMPUTE, ("PP2 VPP2",)),
+    "projectors shared by 3 layers, distributed optimizer, overlaps": (
+        "shared in threes",
+        DISTRIBUTED_OPTIMIZER,
+        ("DP2", "PP2", "PP2 VPP2"),
+    ),
+    "projectors shared by 3 of 8 layers, distributed optimizer, overlaps": (
+        "eight layers shared in threes",
+        DISTRIBUTED_OPTIMIZER,
+        ("PP2 VPP2 EP2",),
+    ),
+    "projectors shared by 2 layers, dense ones between": (
+        "dense layers shared in twos",
+        DISTRIBUTED_OPTIMIZER,
+        ("PP2",),
+    ),
 }
+SHAPES["shared in twos"] = "--moe-router-share-projector 2 --moe-router-share-head 2".split()
+SHAPES["shared in threes"] = [
+    *"--moe-router-share-projector 3 --moe-router-share-head 3".split(),
+    "--moe-router-rnn-bias",
+]
+SHAPES["shared by all"] = "--moe-router-share-projector all --moe-router-share-head all --moe-router-head xmoe".split()
+SHAPES["eight layers shared in threes"] = [*SHAPES[_LARGE], *SHAPES["shared in threes"]]
+SHAPES["dense layers shared in twos"] = ["--moe-layer-freq", "[1,0,0,1]", *SHAPES["shared in twos"]]
 SHAPES["biases"] = ["--moe-router-rnn-bias"]
 SHAPES["fan_in"] = ["--moe-router-init", "fan_in", "--moe-router-rnn-bias"]
 

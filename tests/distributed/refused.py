@@ -31,6 +31,13 @@ REFUSED = {
     "--mtp-num-layers 2 --mtp-use-repeated-layer": (
         _GRU + "--mtp-use-repeated-layer: nobody has shown that the state and its gradient survive it"
     ),
+    "--mtp-num-layers 1 --moe-router-share-head all": "--moe-router-share-head does not work with --mtp-num-layers",
+    "--mtp-num-layers 1 --moe-router-share-projector 2": (
+        "--moe-router-share-projector does not work with --mtp-num-layers, whose layers are numbered on their own"
+    ),
+    "--moe-layer-freq [1,1,0,0] --moe-router-share-projector 2": (
+        "--moe-router-share-projector 2: the block of layers 3 to 4 has no layer with experts"
+    ),
     "--mlp-chunks-for-training 2": _GRU
     + "--mlp-chunks-for-training: it calls the router for one piece of the sequence",
     "--mlp-chunks-for-prefill 2": _GRU + "--mlp-chunks-for-prefill: it calls the router for one piece of the sequence",

@@ -32,16 +32,25 @@ def mix(outputs_TEH: Tensor, scores_TE: Tensor, top_k: int, norm: float | None) 
     return torch.einsum("te,teh->th", gates_TE, outputs_TEH), chosen_TKEH.sum((0, 1))
 
 
-def stack_of_layers(x_SBH: Tensor, layers, cell, args) -> tuple[Tensor, Tensor]:
-    """MoE layers with residual connections, routed by the equations: the output and the sum of the losses."""
-    h, total = None, 0.0
+def by_the_equations(own, x_TH: Tensor, h: Tensor | None, cell, index: int) -> tuple[Tensor, Tensor]:
+    """Logits and state of a gru router."""
     gru = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    for layer in layers:
+    projected = x_TH @ own.projector.T + (0 if own.projector_bias is None else own.projector_bias)
+    h = reference.gru_step(projected, torch.zeros_like(projected) if h is None else h, *gru)
+    return h @ own.router.T + (0 if own.router_bias is None else own.router_bias), h
+
+
+def stack_of_layers(x_SBH: Tensor, layers, shared, args, route=by_the_equations, states=None) -> tuple[Tensor, Tensor]:
+    """MoE layers with residual connections: the output and the sum of the losses.
+
+    ``route(routing layer, x_TH, state, shared, index) -> (logits_TE, state)``; ``states`` gets the states.
+    """
+    h, total = None, 0.0
+    for index, layer in enumerate(layers):
         x_TH = x_SBH.reshape(-1, x_SBH.shape[-1])
-        own = layer.router.routing_layer
-        projected = x_TH @ own.projector.T + (0 if own.projector_bias is None else own.projector_bias)
-        h = reference.gru_step(projected, torch.zeros_like(projected) if h is None else h, *gru)
-        logits_TE = h @ own.router.T + (0 if own.router_bias is None else own.router_bias)
+        logits_TE, h = route(layer.router.routing_layer, x_TH, h, shared, index)
+        if states is not None:
+            states.append(h)
         scores_TE = torch.softmax(logits_TE, -1)
         outputs_TEH = expert_outputs(x_TH, layer.experts.mlp, args.ffn_hidden_size)
         out_TH, counts_E = mix(outputs_TEH, scores_TE, args.moe_top_k, args.moe_normalize_expert_weights)

@@ -109,7 +109,7 @@ def test_a_stack_checks_what_its_blocks_take():
     linear = dMoE(arguments(moe_router_type="linear"))
     with pytest.raises(UsageError, match=r"layer 0 of RecurrentStack \(dMoE\) must take"):
         stack_of(linear)
-    with pytest.raises(UsageError, match="no layer with a recurrent router"):
+    with pytest.raises(UsageError, match="all routers are MegaBlocks' own: build dMoE or MoE"):
         rmoe.share_recurrence([linear])
     with pytest.raises(UsageError, match="cannot return its bias"):
         stack_of(dMoE(arguments(bias=True, num_layers=1)))
@@ -147,11 +147,17 @@ def test_layers_that_cannot_share():
         ({"moe_router_dtype": "fp32"}, "agree on moe_router_dtype"),
         ({"bf16": True}, "agree on fp16 and bf16"),
         ({"moe_loss_weight": 0.5}, "agree on moe_loss_weight"),
+        ({"moe_router_rnn_bias": True}, "agree on moe_router_rnn_bias"),
+        ({"moe_router_options": {"moe_router_residual": 0.5}}, "agree on moe_router_residual, found .*0.0.*0.5"),
+        (
+            {"moe_router_options": {"moe_router_share_head": "all"}},
+            "layers of one model must agree on moe_router_share",
+        ),
     ):
         with pytest.raises(UsageError, match=reason):
             rmoe.share_recurrence(two(**changes))
     layers, _ = layers_of(arguments())
-    with pytest.raises(UsageError, match="share a recurrence already"):
+    with pytest.raises(UsageError, match="share something already"):
         rmoe.RecurrentStack(layers)
     with pytest.raises(RuntimeError, match="share_recurrence"):
         dMoE(arguments())(X, None)
@@ -160,7 +166,7 @@ def test_layers_that_cannot_share():
 def test_num_layers_is_the_number_of_layers():
     """By default it is 1: the balancing loss of every layer would have the weight of all together."""
     args = arguments(num_layers=1)
-    with pytest.raises(UsageError, match="num_layers=1, but 4 layers have a recurrent router"):
+    with pytest.raises(UsageError, match="num_layers=1, but 4 layers have a gru router"):
         rmoe.RecurrentStack(dMoE(args) for _ in range(4))
     rmoe.RecurrentStack(dMoE(arguments(num_layers=1, moe_loss_weight=0)) for _ in range(4))
     twice = dMoE(arguments(num_layers=2))

@@ -37,8 +37,9 @@ def arguments(dtype=torch.float32, **changes) -> rmoe.Arguments:
         init_method=lambda w: torch.nn.init.normal_(w, std=0.4),
         output_layer_init_method=lambda w: torch.nn.init.normal_(w, std=0.4),
         moe_router_type="gru",
-        moe_router_rnn_hidden_size=STATE,
     )
+    if "moe_router_type" not in changes:
+        values["moe_router_rnn_hidden_size"] = STATE
     return rmoe.Arguments(**(values | changes))
 
 
@@ -163,7 +164,7 @@ def test_the_recurrence_is_registered_once_and_follows_copies():
     assert [name for name in stack.state_dict() if "weight_hh" in name] == ["rnn_router.weight_hh"]
     x = torch.randn(3, 2, HIDDEN)
     for duplicate in (copy.deepcopy(stack), pickle.loads(pickle.dumps(_picklable(stack)))):
-        assert duplicate.layers[1].router._cell[0] is duplicate.rnn_router is not stack.rnn_router
+        assert duplicate.layers[1].router._shared[0] is duplicate.rnn_router is not stack.rnn_router
         assert torch.equal(stack(x)[0], duplicate(x)[0])
     saved = io.BytesIO()
     torch.save(stack.state_dict(), saved)
@@ -179,8 +180,8 @@ def _picklable(stack):
     for module in stack.modules():
         if hasattr(module, "args"):
             module.args.init_method = module.args.output_layer_init_method = torch.nn.init.zeros_
-        if hasattr(module, "_config"):
-            object.__setattr__(module._config, "init_method", torch.nn.init.zeros_)
+        if hasattr(module, "config"):
+            object.__setattr__(module.config, "init_method", torch.nn.init.zeros_)
     return stack
 
 
@@ -227,25 +228,53 @@ def test_fan_in_draws_by_the_inputs_and_its_cure_for_linear_does_too():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"moe_router_type": "grru"}, "unknown router type 'grru'; known: linear, gru"),
+        (
+            {"moe_router_type": "grru"},
+            "moe_router_type: unknown router type 'grru', did you mean gru\\? .known: linear",
+        ),
         ({"ffn_hidden_size": 15}, "ffn_hidden_size .15 a rank. times moe_num_experts .8. must be at least 128"),
         ({"moe_top_k": 9}, "moe_top_k must be between 1 and moe_num_experts"),
-        ({"moe_router_rnn_hidden_size": 0}, "state_size must be at least 1"),
-        ({"moe_router_rnn_hidden_size": 12.0}, "state_size must be a whole number, got 12.0"),
-        ({"moe_router_rnn_hidden_size": True}, "state_size must be a whole number, got True"),
+        ({"moe_router_rnn_hidden_size": 0}, "moe_router_rnn_hidden_size must be at least 1, got 0"),
+        ({"moe_router_rnn_hidden_size": 12.0}, "moe_router_rnn_hidden_size must be a whole number, got 12.0"),
+        ({"moe_router_rnn_hidden_size": True}, "moe_router_rnn_hidden_size must be a whole number, got True"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"fp16": True, "bf16": True}, "fp16 and bf16 are both True, and MegaBlocks would take fp16"),
         ({"shared_expert": True, "bias": True}, "shared_expert does not work with a returned bias"),
-        ({"moe_router_rnn_init": "zeros"}, "rnn_init must be one of"),
-        ({"moe_router_init": "zeros"}, "layer_init must be one of init_method, fan_in, got 'zeros'"),
+        ({"moe_router_rnn_init": "zeros"}, "moe_router_rnn_init must be one of"),
+        ({"moe_router_init": "zeros"}, "moe_router_init must be one of init_method, fan_in, got 'zeros'"),
         ({"moe_router_init": "fan_in", "moe_router_type": "linear"}, "call layer.router.layer.reset_parameters"),
         ({"moe_router_dtype": "fp64"}, "moe_router_dtype must be"),
+        ({"moe_router_type": None}, "moe_router_type must be a name, got None"),
+        ({"moe_router_type": "no_such.module:Router"}, "cannot import 'no_such.module'"),
+        (
+            {"moe_router_type": "linear", "moe_router_rnn_hidden_size": 8},
+            "rnn_hidden_size is no argument of moe_router_type='linear' but of eda, gru, lstm, rnn: leave it out",
+        ),
+        ({"moe_router_type": "mlp", "moe_router_rnn_bias": True}, "rnn_bias is no argument of moe_router_type='mlp'"),
+        ({"moe_router_type": "eda", "moe_router_rnn_init": "init_method"}, "rnn_init is no argument of .*='eda'"),
+        (
+            {"moe_router_options": {"moe_router_mlp_hidden_size": 8}},
+            "mlp_hidden_size is no argument of moe_router_type='gru' but of mlp: leave it out .gru takes",
+        ),
+        (
+            {"moe_router_type": "linear", "moe_router_options": {"moe_router_recurrence": "detach"}},
+            "moe_router_recurrence is no argument of moe_router_type='linear'",
+        ),
+        ({"moe_router_options": {"--moe-router-head": "xmoe"}}, "--moe-router-head is no argument of"),
+        ({"moe_router_options": {"moe_router_rnn_bias": True}}, "rnn_bias is a field of Arguments, set it there"),
+        ({"moe_router_options": None}, "moe_router_options must be a dictionary of names and values, got None"),
+        ({"moe_router_options": {"moe_router_recurrence": "some"}}, "must be one of full, detach, none, got 'some'"),
+        ({"moe_router_options": {"moe_router_residual": -1}}, "residual must be a number of at least 0, got -1.0"),
+        ({"moe_router_options": {"moe_router_residual": "1"}}, "residual must be a number, got '1'"),
+        ({"moe_router_options": {"moe_router_share_head": "4"}}, "share-head 4: the model has 3 layers, use all"),
+        ({"moe_router_type": "product_key"}, "='product_key': product_key needs a square number of experts"),
         ({"moe_expert_model_parallelism": True}, "init_process_group"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(changes, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UsageError, match=reason) as caught:
         dMoE(arguments(**changes))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules "
 CASES = {
     "gru": "",
     "gru, fp32 routing": "--moe-router-dtype fp32",
+    "gru, projectors and heads shared": "--moe-router-dtype fp32 --moe-router-share-projector 2 "
+    "--moe-router-share-head all",
     "linear": "--moe-router-type linear --moe-router-rnn-hidden-size=null",
     "mlp, fp32 routing": "--moe-router-type mlp --moe-router-dtype fp32",
     "random": "--moe-router-type random",

@@ -23,6 +23,8 @@ CASES = {
     "layer norm": PP2 + "--normalization LayerNorm",
     "biases": PP2 + "--no-disable-bias-linear --moe-router-type linear",
     "biases of the recurrent router": PP2 + "--moe-router-rnn-bias",
+    "projectors and heads that layers share": PP2 + "--moe-router-rnn-bias --moe-router-share-projector 3 "
+    "--moe-router-share-head all",
     "biases over tensor and experts": PP2
     + "--no-disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
     + "--expert-model-parallel-size 2 --moe-layer-freq 2 --moe-router-type linear",

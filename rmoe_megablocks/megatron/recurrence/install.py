@@ -132,7 +132,7 @@ def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:
             stage_boundary.connect(chunk)
         routers = [module for module in chunk.modules() if isinstance(module, RecurrentTopKRouter)]
         for router in routers:
-            router.bind(shared)
+            router.bind(None if shared is None else shared.cell)
         if chunk is chunks[0] and shared is not None:
             shared.report_unused(chunk, {router.routing_layer.index for router in routers})
     return chunks

@@ -34,17 +34,13 @@ class SharedRecurrence(MegatronModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # Megatron seeds stages differently, these copies must start alike
             self.cell = get_router_type(config.moe_router_type).build_shared(config.routing)
-        self.cell.cast = _GradientInBuffer.apply
+        self.cell.set_cast(_GradientInBuffer.apply)
         for parameter in self.parameters():
             parameter.pipeline_parallel = True
             parameter.shared = pg_collection.pp.rank() != 0
             parameter.sequence_parallel = config.sequence_parallel
         for parameter in _trained(self)[:1]:
             parameter.shared_embedding = True
-
-    def forward(self, *args):
-        """What the shared module computes, see :class:`rmoe_megablocks.routing.SharedRouting`."""
-        return self.cell(*args)
 
     def report_unused(self, chunk: GPTModel, layers: set[int]) -> None:
         """Gives parameters that none of ``layers`` uses a gradient of zero, on the chunk that they are registered on.
@@ -60,7 +56,7 @@ class SharedRecurrence(MegatronModule):
 
         def with_zero_gradients(decoder: torch.nn.Module, args: tuple, hidden_SBH: Tensor) -> Tensor:
             x_TH = hidden_SBH.new_zeros(1, self.config.hidden_size)
-            return _WithoutGradient.apply(hidden_SBH, *(layer(x_TH, None, self, dtype)[0] for layer in others))
+            return _WithoutGradient.apply(hidden_SBH, *(layer(x_TH, None, self.cell, dtype)[0] for layer in others))
 
         chunk.decoder.register_forward_hook(with_zero_gradients)
 

@@ -22,6 +22,12 @@ REFUSED = {
     "--moe-router-typo gru": "unrecognized arguments: --moe-router-typo gru",
     "--moe-router-rnn-hidden-size 0": "argument --moe-router-rnn-hidden-size: must be at least 1, got 0",
     "--moe-router-rnn-hidden-size many": "argument --moe-router-rnn-hidden-size: invalid",
+    "--moe-router-share-head 0": "argument --moe-router-share-head: must be layer, all or a whole number of at",
+    "--moe-router-share-head every": "argument --moe-router-share-head: must be layer, all or a whole",
+    "--moe-router-share-projector=-2": "argument --moe-router-share-projector: must be layer, all or a whole number of",
+    "--moe-router-share-projector 5": "--moe-router-share-projector 5: the model has 4 layers, use all",
+    LINEAR
+    + " --moe-router-share-head all": "--moe-router-share-head belongs to --moe-router-type gru, lstm, rnn: leave",
     "--num-layers 1 " + PP2: "--num-layers 1 leaves stages of the 2",
     "--num-layers 5 " + PP2: "Number of layers should be divisible by the pipeline-model-parallel size",
     "--reset-attention-mask --context-parallel-size 2": "--reset-attention-mask does not work with --context-parallel",
