@@ -15,7 +15,7 @@ FOLDER = REPOSITORY / "configs" / "routers"
 FILES = sorted(FOLDER.glob("*/*.yaml"))
 TABLE = ("linear", "hyper", "mlp", "random", "cosine", "xmoe_16", "gru")
 ABLATIONS = (
-    *("gru_detach", "gru_np", "gru_np_r0.5", "gru_np_r1.0", "rnn", "lstm"),
+    *("gru_detach", "gru_np", "gru_np_r0.5", "gru_np_r1.0", "gru_share_projector", "rnn", "lstm"),
     *("xmoe_08", "xmoe_32", "gru_xmoe_08", "gru_xmoe_16", "gru_xmoe_32"),
 )
 MODELS = {
@@ -96,6 +96,7 @@ def formulas(layers, hidden, experts=16, state=128, width=256):
         "gru_np": recurrent(3, linear),
         "gru_np_r0.5": recurrent(3, linear),
         "gru_np_r1.0": recurrent(3, linear),
+        "gru_share_projector": projector + layers * linear + 6 * cell,
         "rnn": recurrent(1, linear),
         "lstm": recurrent(4, linear),
         **{f"xmoe_{d:02}": layers * xmoe(d, hidden) for d in (8, 16, 32)},
