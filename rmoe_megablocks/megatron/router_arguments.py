@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.routing import (
     RESIDUAL,
     Argument,
@@ -103,7 +104,7 @@ def router_type(args: argparse.Namespace) -> RouterType:
 def routing_config(args: argparse.Namespace, init_method: Callable | None = None) -> RoutingConfig:
     """The router's sizes and choices from parsed arguments. Raises ValueError for what does not go together."""
     options = {argument: getattr(args, argument.dest) for argument in router_type(args).arguments}
-    sizes = {"hidden_size": args.hidden_size, "num_experts": args.num_experts, "num_layers": args.num_layers}
+    sizes = {"hidden_size": args.hidden_size, "num_experts": null_experts.logits(args), "num_layers": args.num_layers}
     drawn = {} if init_method is None else {"init_method": init_method}
     config = RoutingConfig(**sizes, options=options, **drawn)
     router_type(args).check(config)

@@ -89,7 +89,7 @@ def figures(*spreads: float) -> dict[str, list[float]]:
 class Known:
     """A RoutingHealth that reports what it is told to; ``asked`` counts."""
 
-    num_experts = 8
+    num_logits = 8
 
     def __init__(self, *spreads: float) -> None:
         self.spreads, self.asked = spreads, 0
