@@ -240,6 +240,8 @@ def test_fan_in_draws_by_the_inputs_and_its_cure_for_linear_does_too():
         ({"moe_router_init": "zeros"}, "layer_init must be one of init_method, fan_in, got 'zeros'"),
         ({"moe_router_init": "fan_in", "moe_router_type": "linear"}, "call layer.router.layer.reset_parameters"),
         ({"moe_router_dtype": "fp64"}, "moe_router_dtype must be"),
+        ({"moe_null_experts": 2}, "moe_null_experts=2 does not work with MegaBlocks' own layers"),
+        ({"moe_null_experts": 2, "moe_router_type": "linear"}, "moe_null_experts=2 does not work with MegaBlocks'"),
         ({"moe_expert_model_parallelism": True}, "init_process_group"),
     ],
 )
