@@ -89,7 +89,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
             f"{_asked_for(args)} does not work with a {type(model_config).__name__}: "
             "leave out what makes the script use it (as ModelOpt's arguments)"
         )
-    for note in notes + model.check(args) + choose_optimizer_checkpoint(args):
+    for note in notes + model.check(args) + null_experts.notes(args) + choose_optimizer_checkpoint(args):
         if args.rank == 0:
             print(note, flush=True)
     install_router(model_config, args)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing.null_experts import SCORE_FUNCTIONS
+from rmoe_megablocks.routing.null_experts import SCORE_FUNCTIONS, expected_real_experts
 
 OPTION = "--moe-null-experts"
 
@@ -57,6 +57,14 @@ def check(args: argparse.Namespace) -> None:
     for refused, option, instead in _refusals(args):
         if refused:
             raise UsageError(f"{OPTION} does not work with {option}: {instead}")
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """A line about a figure that is an expectation, not a count."""
+    if not (args.moe_null_experts and args.log_throughput):
+        return []
+    expected = expected_real_experts(args.moe_router_topk, args.num_experts, args.moe_null_experts)
+    return [f"{OPTION}: --log-throughput counts {expected:.3g} real experts a token, those of balanced routing"]
 
 
 # attributes of which none may be set
