@@ -12,19 +12,14 @@ from megatron.training import training
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from rmoe_megablocks.megatron.null_experts import router as null_router
 from rmoe_megablocks.megatron.null_experts.router import NullExperts
-from rmoe_megablocks.routing import STATE_SIZE, get_router_type, router_types
-from tests.distributed.arguments import FULL_RECOMPUTE, MOE_RECOMPUTE
+from rmoe_megablocks.routing import router_types
+from tests.distributed.arguments import FULL_RECOMPUTE, MOE_RECOMPUTE, of_type
 from tests.megatron.recurrence.test_model import VOCABULARY, B, S, batch, build, forward
 
 L, E, M, K = 4, 4, 5, 2  # E + M is a square, as product_key wants it
 NULL = ["--moe-null-experts", str(M)]
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 COEFFICIENT = 0.5
-
-
-def of_type(name: str) -> list[str]:
-    words = ["--moe-router-type", name]
-    return words if STATE_SIZE in get_router_type(name).arguments else [*words, "--moe-router-rnn-hidden-size=null"]
 
 
 def layers(model) -> list[MoELayer]:
@@ -139,6 +134,16 @@ def test_experts_compute_the_rows_that_are_chosen_and_nothing_else(one_process, 
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_token_may_choose_more_than_there_are_experts(one_process):
+    """Top-k of E + M above E."""
+    model = build(*NULL, "--moe-router-topk", "7")
+    seen = [Seen(layer) for layer in layers(model)]
+    forward(model, 1).mean().backward()
+    for layer in seen:
+        assert layer.of_expert == layer.map_TE.sum(0).tolist() and layer.map_TE.sum(-1).max() == E
+        torch.testing.assert_close(layer.y_TH, layer.expected(), rtol=1e-5, atol=1e-6)
+
+
 def test_weights_over_all_that_are_chosen_are_noticed(one_process, monkeypatch):
     """The planted fault: null experts keep their part of the weight."""
 
@@ -185,7 +190,19 @@ def test_a_layer_whose_tokens_all_choose_null_experts(one_process, dispatcher):
 
 @pytest.mark.parametrize("name", router_types())
 def test_every_router_type_has_them(one_process, name):
-    model = build(*NULL, *of_type(name))
+    check_router(build(*NULL, *of_type(name)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--moe-router-residual 0.5", "--moe-router-recurrence none --moe-router-residual 1", "--moe-router-head xmoe"],
+)
+def test_so_have_the_modifiers(one_process, words):
+    check_router(build(*NULL, *words.split()))
+
+
+def check_router(model) -> None:
+    """Every layer has E + M logits, and its router's parameters are trained."""
     logits = []
     for layer in layers(model):
         assert isinstance(layer.router, NullExperts)

@@ -5,9 +5,9 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from rmoe_megablocks.megatron.experts.megablocks_weights import from_megatron
-from tests.distributed.arguments import FULL_RECOMPUTE
+from tests.distributed.arguments import FULL_RECOMPUTE, of_type
 from tests.megatron.recurrence.test_model import build, forward
-from tests.megatron.test_null_experts import NULL, SHARED, of_type
+from tests.megatron.test_null_experts import NULL, SHARED
 
 MEGABLOCKS = ["--moe-backend", "megablocks"]
 
