@@ -214,7 +214,7 @@ NULL_EXPERTS = ["--moe-null-experts", "5"]
 SHAPES["null experts"] = NULL_EXPERTS
 SHAPES["null experts, linear"] = [*NULL_EXPERTS, *LINEAR]
 SHAPES["null experts, shared ones"] = [*NULL_EXPERTS, "--moe-shared-expert-intermediate-size", "32"]
-_SPREAD = ("TP2 SP", "EP2 alltoall", "EP2 allgather", "PP2", "CP2", "TP2 SP ETP2", "TP2 SP EP2", "PP2 VPP2 EP2")
+_SPREAD = ("TP2 SP", "EP2 alltoall", "EP2 allgather", "PP2", "CP2", "TP2 SP ETP2", "TP2 SP EP2", "PP2 EP2")
 OPTIONS |= {
     "null experts": ("null experts", [], _SPREAD),
     "null experts, linear": ("null experts, linear", [], _SPREAD[:4]),
