@@ -131,7 +131,8 @@ def check(args: argparse.Namespace) -> None:
     try:
         routing_config(args)
     except ValueError as error:
-        raise UsageError(f"{OPTION} {kind.name}: {error}") from None
+        counted = f" ({null_experts.named(args)})" * bool(args.moe_null_experts)  # a type sees their sum
+        raise UsageError(f"{OPTION} {kind.name}: {error}{counted}") from None
 
 
 def _check_residual(args: argparse.Namespace) -> None:

@@ -195,7 +195,11 @@ def test_every_router_type_has_them(one_process, name):
 
 @pytest.mark.parametrize(
     "words",
-    ["--moe-router-residual 0.5", "--moe-router-recurrence none --moe-router-residual 1", "--moe-router-head xmoe"],
+    [
+        "--moe-router-residual 0.5 --moe-z-loss-coeff=null",
+        "--moe-router-recurrence none --moe-router-residual 1 --moe-z-loss-coeff=null",
+        "--moe-router-head xmoe",
+    ],
 )
 def test_so_have_the_modifiers(one_process, words):
     check_router(build(*NULL, *words.split()))

@@ -5,7 +5,7 @@ import pytest
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checkpoints import compatibility
-from tests.distributed.arguments import BASE, LINEAR
+from tests.distributed.arguments import BASE, LINEAR, of_type
 
 NULL = ["--moe-null-experts", "5"]
 _NO_LOSS = " --moe-aux-loss-coeff 0"
@@ -48,6 +48,12 @@ def test_what_is_not_proven_is_refused_by_name(words, router):
         arguments.values.check_together(args)
     assert REFUSED[words] in str(caught.value) and "\n" not in str(caught.value)
     assert "topk 10" in words or str(caught.value).startswith("--moe-null-experts does not work with ")
+
+
+def test_a_type_that_cannot_have_so_many_logits_says_what_they_are():
+    args = arguments.parse([*BASE, *of_type("product_key"), "--moe-null-experts", "4"])
+    with pytest.raises(UsageError, match="as 16 or 64, got 8 .4 experts and 4 null experts."):
+        arguments.check_router_arguments(args)
 
 
 @pytest.mark.parametrize(
