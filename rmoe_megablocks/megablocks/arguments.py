@@ -54,6 +54,7 @@ class Arguments(megablocks.Arguments):
         moe_router_options: the type's other arguments by name, ``{"moe_router_recurrence": "detach"}``: those that
             ``get_router_type(name).arguments`` lists. What the type does not take is refused, here and in the four
             fields above.
+        moe_null_experts: as ``--moe-null-experts``, which Megatron's layers alone have: refused unless 0.
         moe_router_dtype: ``"fp32"`` routes in fp32 in a model of another dtype; None in the dtype of the input.
     """
 
@@ -66,6 +67,7 @@ class Arguments(megablocks.Arguments):
     moe_router_init: str = INIT.default
     moe_router_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     moe_router_dtype: str | None = None
+    moe_null_experts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +162,11 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
         raise UsageError(
             f"{RESIDUAL.dest} does not work with moe_zloss_weight: the z-loss of logarithms of scores is a constant; "
             "leave it out"
+        )
+    if getattr(args, "moe_null_experts", 0):
+        raise UsageError(
+            f"moe_null_experts={args.moe_null_experts!r} does not work with MegaBlocks' own layers, which give every "
+            "token moe_top_k experts: leave it out, or train with Megatron and --moe-backend megablocks"
         )
     if args.fp16 and args.bf16:
         raise UsageError("fp16 and bf16 are both True, and MegaBlocks would take fp16 (its default): set one to False")

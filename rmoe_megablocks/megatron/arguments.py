@@ -21,6 +21,7 @@ from rmoe_megablocks.megatron import balancing, parser, router_arguments
 from rmoe_megablocks.megatron.checks import values
 from rmoe_megablocks.megatron.checks.refusals import check_router_arguments, installed
 from rmoe_megablocks.megatron.experts import backend
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are a little longer
 
@@ -35,6 +36,7 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Start a recurrent model from the weights of a linear checkpoint (--load or --pretrained-checkpoint); "
         "routing, optimizer, data and iteration start afresh.",
     )
+    null_experts.add_argument(group)
     balancing.add_reduction_argument(group)
     backend.add_backend_argument(parser.add_argument_group("experts"))
     return parser

@@ -19,6 +19,7 @@ from rmoe_megablocks.megatron import arguments, balancing
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.checks import refusals, startup
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
 from rmoe_megablocks.routing import INIT_METHOD, all_arguments, get_router_type
@@ -88,7 +89,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
             f"{_asked_for(args)} does not work with a {type(model_config).__name__}: "
             "leave out what makes the script use it (as ModelOpt's arguments)"
         )
-    for note in notes + model.check(args) + choose_optimizer_checkpoint(args):
+    for note in notes + model.check(args) + null_experts.notes(args) + choose_optimizer_checkpoint(args):
         if args.rank == 0:
             print(note, flush=True)
     install_router(model_config, args)
@@ -104,13 +105,13 @@ def _check_parsed(args: argparse.Namespace) -> None:
 def _check_router(args: argparse.Namespace) -> None:
     options = _typed_options()
     if args.yaml_cfg is not None:  # the file has replaced all arguments, ours are not in it
-        ours = {"--moe-router-type", "--moe-backend", "--moe-aux-loss-reduction"}
+        ours = {"--moe-router-type", "--moe-backend", "--moe-aux-loss-reduction", null_experts.OPTION}
         ours |= {argument.option for argument in all_arguments()}
         named = sorted(ours & options)
         if named or getattr(args, "moe_router_type", "linear") != "linear":
             raise UsageError(f"{[*named, '--moe-router-type'][0]} does not work with --yaml-cfg: use arguments")
         args.moe_router_type, args.moe_backend, args.moe_aux_loss_reduction = "linear", MEGATRON, balancing.SUM
-        args.moe_router_init = INIT_METHOD
+        args.moe_router_init, args.moe_null_experts = INIT_METHOD, 0
         return
     args.explicit = options
     try:
@@ -139,6 +140,8 @@ def _asked_for(args: argparse.Namespace) -> str | None:
         return f"--moe-router-type {args.moe_router_type}"
     if args.moe_router_init != INIT_METHOD:
         return f"--moe-router-init {args.moe_router_init}"
+    if args.moe_null_experts:
+        return f"{null_experts.OPTION} {args.moe_null_experts}"
     if args.moe_backend != MEGATRON:
         return f"--moe-backend {args.moe_backend}"
     return f"--moe-aux-loss-reduction {args.moe_aux_loss_reduction}" if balancing.reduces(args) else None

@@ -86,9 +86,10 @@ def _train(run: Run) -> int:
 
     def on_model(chunks: Model) -> None:
         model.extend(chunks)
-        health = (
-            RoutingHealth(args.num_layers, args.mtp_num_layers or 0, args.num_experts) if args.num_experts else None
-        )
+        health = None
+        if args.num_experts:
+            sizes = (args.num_experts, args.moe_null_experts, args.moe_router_topk)
+            health = RoutingHealth(args.num_layers, args.mtp_num_layers or 0, *sizes)
         if health is not None:
             health.watch(chunks)
         reporter = Reporter(run.folder, summary.bytes_per_token(run), health, summary.evaluated_splits(run))

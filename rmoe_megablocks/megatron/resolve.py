@@ -15,6 +15,7 @@ from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checks import refusals, rehearsal
 from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
 from rmoe_megablocks.megatron.monitoring import nonfinite
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.megatron.recurrence.shared import fits_default_optimizer_checkpoint
 
 _SAYS_WHERE_TO_START = (
@@ -116,7 +117,7 @@ def resolve(argv: Sequence[str], world_size: int | None = None, scratch: Path | 
     compatibility.check_router_matches(args)
     arguments.validate(args)
     rehearsal.rehearse(args)
-    notes += model.check(args)
+    notes += model.check(args) + null_experts.notes(args)
     compatibility.check_nothing_left_out(args)
     resharding.check_optimizer_layout(args)
     checkpoint_notes = [] if args.moe_router_upcycle else [*checkpoint_note, *schedule.choose(args)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.routing import (
     RESIDUAL,
     SHARE_HEAD,
@@ -105,7 +106,7 @@ def router_type(args: argparse.Namespace) -> RouterType:
 def routing_config(args: argparse.Namespace, init_method: Callable | None = None) -> RoutingConfig:
     """The router's sizes and choices from parsed arguments. Raises ValueError for what does not go together."""
     options = {argument: getattr(args, argument.dest) for argument in router_type(args).arguments}
-    sizes = {"hidden_size": args.hidden_size, "num_experts": args.num_experts, "num_layers": args.num_layers}
+    sizes = {"hidden_size": args.hidden_size, "num_experts": null_experts.logits(args), "num_layers": args.num_layers}
     drawn = {} if init_method is None else {"init_method": init_method}
     config = RoutingConfig(**sizes, options=options, moe_layers=_moe_layers(args), **drawn)
     router_type(args).check(config)
@@ -146,7 +147,8 @@ def check(args: argparse.Namespace) -> None:
     try:
         routing_config(args)
     except ValueError as error:
-        raise UsageError(f"{OPTION} {kind.name}: {error}") from None
+        counted = f" ({null_experts.named(args)})" * bool(args.moe_null_experts)  # a type sees their sum
+        raise UsageError(f"{OPTION} {kind.name}: {error}{counted}") from None
 
 
 def _check_residual(args: argparse.Namespace) -> None:

@@ -53,7 +53,9 @@ class Plan:
                 "recomputed": self.flops.recomputed,
                 "routing_forward": self.flops.routing,
                 "routing_backward": self.flops.routing_backward,
+                **({"saved_by_null_experts_forward": self.flops.saved} if settings.null_experts else {}),
             },
+            **({"experts_per_token": _experts(settings)} if settings.null_experts else {}),
             "layout": {
                 "world_size": self.world_size,
                 "tensor": settings.tensor,
@@ -111,6 +113,11 @@ def make_plan(settings: Settings, world_size: int, gpu_memory: float) -> Plan:
             "attention without Transformer Engine keeps S x S scores for every head: "
             "--recompute-granularity selective --recompute-modules core_attn spares them"
         )
+    if settings.null_experts:
+        advice.append(
+            f"--moe-null-experts: {settings.expected_experts:.3g} real experts a token is an expectation, for balanced "
+            f"routing, and so are FLOPs, active parameters and traffic; memory is that of {settings.most_experts}"
+        )
     if settings.not_counted:
         advice.append(f"not looked at, figures are those without: {' '.join(settings.not_counted)}")
     return Plan(
@@ -140,6 +147,11 @@ def largest_micro_batch(settings: Settings, world_size: int, gpu_memory: float) 
             break
         best = size
     return best
+
+
+def _experts(settings: Settings) -> dict[str, float]:
+    """Real experts a token with null experts: the mean that balanced routing gives, and what memory is planned for."""
+    return {"expected_when_balanced": settings.expected_experts, "at_most": settings.most_experts}
 
 
 def _memory(found: memory.Memory) -> dict[str, int]:

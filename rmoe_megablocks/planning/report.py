@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rmoe_megablocks.planning.counts import memory, parameters
+from rmoe_megablocks.planning.counts.flops import Flops
 from rmoe_megablocks.planning.plan import Plan
 
 Rows = list[tuple[str, ...]]
@@ -60,9 +61,17 @@ def _flops(plan: Plan) -> Rows:
         ("forward + backward", f"{found.training / 1e6:,.1f}", ""),
         ("recomputed", f"{found.recomputed / 1e6:,.1f}", f"{100 * found.recomputed / found.forward:.2f} %"),
     ]
+    if plan.settings.null_experts:
+        experts = f"{plan.settings.expected_experts:.3g} of {plan.settings.topk} experts, expected"
+        rows.append((f"saved by null experts ({experts})", f"{found.saved / 1e6:,.1f}", _share(found)))
     if tokens:
         rows.append((f"a step of {tokens:,} tokens", f"{step / 1e15:,.2f} PFLOP", ""))
     return rows
+
+
+def _share(found: Flops) -> str:
+    """What is saved, of what a forward pass would take without."""
+    return f"{100 * found.saved / (found.forward + found.saved):.2f} %"
 
 
 def _memory(plan: Plan) -> Rows:

@@ -15,6 +15,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import options
 from rmoe_megablocks.planning.counts.routing import RoutingCost, measure
 from rmoe_megablocks.routing import Argument, all_arguments, get_router_type
+from rmoe_megablocks.routing.null_experts import expected_real_experts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Settings:
     shared_expert_gate: bool
     moe_layers: tuple[bool, ...]
     topk: int
+    null_experts: int
     router_type: str
     routing: RoutingCost | None
     router_dtype_bytes: int
@@ -69,6 +71,21 @@ class Settings:
     recompute_method: str
     recompute_num_layers: int
     not_counted: tuple[str, ...] = ()
+
+    @property
+    def logits(self) -> int:
+        """Logits of a token: E, and M with null experts."""
+        return self.num_experts + self.null_experts
+
+    @property
+    def most_experts(self) -> int:
+        """Real experts of a token, at most."""
+        return min(self.topk, self.num_experts)
+
+    @property
+    def expected_experts(self) -> float:
+        """Real experts of a token: K, and with null experts their mean where routing is balanced."""
+        return expected_real_experts(self.topk, self.num_experts, self.null_experts) if self.num_experts else 0
 
     @property
     def replica(self) -> int:
@@ -174,6 +191,7 @@ def _settings(args: argparse.Namespace, not_counted: tuple[str, ...]) -> Setting
         shared_expert_gate=args.moe_shared_expert_gate,
         moe_layers=_moe_layers(args.moe_layer_freq, layers) if experts else (False,) * layers,
         topk=args.moe_router_topk,
+        null_experts=args.moe_null_experts,
         router_type=args.moe_router_type,
         routing=_routing(args, dtype_bytes, router_dtype_bytes) if experts else None,
         router_dtype_bytes=router_dtype_bytes,
@@ -223,8 +241,13 @@ def _check_model(args: argparse.Namespace, s: Settings) -> None:
             f"--num-attention-heads {s.heads} is not a multiple of --num-query-groups {s.query_groups}",
         ),
         (
-            s.num_experts and s.topk > s.num_experts,
-            f"--moe-router-topk {s.topk} is more than --num-experts {s.num_experts}",
+            s.null_experts and not s.num_experts,
+            f"--moe-null-experts {s.null_experts}: the model has no experts to route to; set --num-experts",
+        ),
+        (
+            s.num_experts and s.topk > s.logits,
+            f"--moe-router-topk {s.topk} is more than --num-experts {s.num_experts}"
+            + f" and --moe-null-experts {s.null_experts}" * bool(s.null_experts),
         ),
         (
             s.positions and s.positions < s.seq_length,

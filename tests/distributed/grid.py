@@ -9,6 +9,7 @@ from tests.distributed.arguments import (
     EP2,
     FULL_RECOMPUTE,
     INTERLEAVED,
+    LINEAR,
     MOE_RECOMPUTE,
     PP2,
     PP4,
@@ -243,6 +244,46 @@ SHAPES["shared in threes"] = [
 SHAPES["shared by all"] = "--moe-router-share-projector all --moe-router-share-head all --moe-router-head xmoe".split()
 SHAPES["eight layers shared in threes"] = [*SHAPES[_LARGE], *SHAPES["shared in threes"]]
 SHAPES["dense layers shared in twos"] = ["--moe-layer-freq", "[1,0,0,1]", *SHAPES["shared in twos"]]
+# Null experts: more of them than real ones, so that some tokens have no real expert
+NULL_EXPERTS = ["--moe-null-experts", "5"]
+SHAPES["null experts"] = NULL_EXPERTS
+SHAPES["null experts, linear"] = [*NULL_EXPERTS, *LINEAR]
+SHAPES["null experts, shared ones"] = [*NULL_EXPERTS, "--moe-shared-expert-intermediate-size", "32"]
+_SPREAD = ("TP2 SP", "EP2 alltoall", "EP2 allgather", "PP2", "CP2", "TP2 SP ETP2", "TP2 SP EP2", "PP2 EP2")
+OPTIONS |= {
+    "null experts": ("null experts", [], _SPREAD),
+    "null experts, linear": ("null experts, linear", [], _SPREAD[:4]),
+    "null experts, distributed optimizer": ("null experts", DISTRIBUTED_OPTIMIZER, ("DP2",)),
+    "null experts, full recompute": ("null experts", FULL_RECOMPUTE, ("EP2 alltoall", "PP2 VPP2")),
+    "null experts, recompute moe": ("null experts", MOE_RECOMPUTE, ("EP2 alltoall",)),
+    "null experts, shared experts": ("null experts, shared ones", [], ("EP2 alltoall",)),
+    "null experts, --calculate-per-token-loss": ("null experts", ["--calculate-per-token-loss"], ("EP2 alltoall",)),
+    "null experts, seq_aux_loss": (
+        "null experts",
+        ["--moe-router-load-balancing-type", "seq_aux_loss"],
+        ("EP2 alltoall",),
+    ),
+    "null experts, global_aux_loss": (
+        "null experts",
+        ["--moe-router-load-balancing-type", "global_aux_loss"],
+        ("TP2 SP",),
+    ),
+    "null experts, sigmoid": ("null experts", ["--moe-router-score-function", "sigmoid"], ("EP2 alltoall",)),
+}
+# Every test run has these of them
+_NULL_ALWAYS = {
+    "TP2 SP @ null experts",
+    "EP2 alltoall @ null experts",
+    "PP2 @ null experts",
+    "EP2 alltoall @ null experts, linear",
+    "EP2 allgather @ null experts, linear",
+}
+NOT_ALWAYS |= {
+    f"{layout} @ {name}"
+    for name, (_, _, layouts) in OPTIONS.items()
+    for layout in layouts
+    if name.startswith("null experts") and f"{layout} @ {name}" not in _NULL_ALWAYS
+}
 SHAPES["biases"] = ["--moe-router-rnn-bias"]
 SHAPES["fan_in"] = ["--moe-router-init", "fan_in", "--moe-router-rnn-bias"]
 

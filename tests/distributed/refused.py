@@ -53,5 +53,13 @@ REFUSED = {
     "--moe-permute-fusion": "fused permutation is not available. Please install TE",
     "--moe-router-load-balancing-type sinkhorn": "sinkhorn with an auxiliary loss does not work: set",
     "--context-parallel-size 2 --reset-attention-mask": "--reset-attention-mask does not work with --context-parallel",
+    "--moe-null-experts 5 --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0": (
+        "it would balance null experts one by one"
+    ),
+    "--moe-null-experts 5 --moe-expert-capacity-factor 1.0": (
+        "--moe-null-experts does not work with --moe-expert-capacity-factor"
+    ),
+    "--moe-null-experts 5 --mtp-num-layers 1": "--moe-null-experts does not work with --mtp-num-layers",
+    "--moe-null-experts 5 --moe-router-pre-softmax": "weights are normalised over the chosen real experts",
     "--fp8-format hybrid": "supports MoE FP8 training",
 }

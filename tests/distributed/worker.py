@@ -28,6 +28,7 @@ from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.monitoring import evaluation
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentTransformerLayer
 from rmoe_megablocks.megatron.resolve import resolve
 from tests.distributed import attention, breakages, traffic
@@ -63,7 +64,8 @@ class Recorder:
         if "attention" in self.collect:
             self.result["attention"] = attention.deviations(config)
         if "health" in self.collect:
-            self.health = RoutingHealth(config.num_layers, config.mtp_num_layers or 0, config.num_moe_experts)
+            sizes = (config.num_moe_experts, null_experts.of(config), config.moe_router_topk)
+            self.health = RoutingHealth(config.num_layers, config.mtp_num_layers or 0, *sizes)
             self.health.watch(chunks)
         if "states" in self.collect:
             for chunk in unwrap_model(chunks):

@@ -268,6 +268,8 @@ def test_fan_in_draws_by_the_inputs_and_its_cure_for_linear_does_too():
         ({"moe_router_options": {"moe_router_residual": "1"}}, "residual must be a number, got '1'"),
         ({"moe_router_options": {"moe_router_share_head": "4"}}, "share-head 4: the model has 3 layers, use all"),
         ({"moe_router_type": "product_key"}, "='product_key': product_key needs a square number of experts"),
+        ({"moe_null_experts": 2}, "moe_null_experts=2 does not work with MegaBlocks' own layers"),
+        ({"moe_null_experts": 2, "moe_router_type": "linear"}, "moe_null_experts=2 does not work with MegaBlocks'"),
         ({"moe_expert_model_parallelism": True}, "init_process_group"),
     ],
 )

@@ -32,6 +32,8 @@ CASES = {
     "xmoe on a state": PP2 + "--moe-router-head xmoe",
     "frozen networks": PP2 + "--moe-router-type hyper",
     "one matrix for all": PP2 + "--moe-router-type omni",
+    "null experts": PP2 + "--moe-null-experts 3",
+    "null experts, biases": PP2 + "--no-disable-bias-linear --moe-router-type linear --moe-null-experts 3",
     "qkv bias": PP2 + "--add-qkv-bias",
     "two matrices": PP2 + "--no-swiglu",
     "grouped queries": PP2 + "--group-query-attention --num-query-groups 2 --kv-channels 16",

@@ -1,11 +1,13 @@
 """Every place where the adapter replaces a name inside Megatron, with the reason. All of them are idempotent."""
 
+import argparse
 import dataclasses
 import inspect
 import time
 from collections.abc import Callable
 
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import training
 from megatron.training.models import gpt
@@ -16,6 +18,27 @@ def use_p2p_communicator(communicator: type) -> None:
     another message width (schedules.py:1157 and 2116 take config.hidden_size), and pretrain(p2p_communicator=)
     wants process groups that exist only later."""
     schedules.P2PCommunicator = communicator
+
+
+def use_alltoall_dispatcher(dispatcher: type) -> None:
+    """MoE layers make their dispatcher by a name of their module, looked up when called (moe_layer.py:319)."""
+    moe_layer.MoEAlltoAllTokenDispatcher = dispatcher
+
+
+def count_experts(of_token: Callable[[argparse.Namespace], float]) -> None:
+    """Has Megatron's FLOPs, and the throughput it logs, count ``of_token(args)`` experts a token.
+
+    ``training.num_floating_point_operations``, looked up when called (training.py:2827 and 3963), takes
+    args.moe_router_topk.
+    """
+    original = getattr(training.num_floating_point_operations, "original", training.num_floating_point_operations)
+
+    def num_floating_point_operations(args, *others, **named):
+        counted = argparse.Namespace(**(vars(args) | {"moe_router_topk": of_token(args)}))
+        return original(counted, *others, **named)
+
+    num_floating_point_operations.original = original
+    training.num_floating_point_operations = num_floating_point_operations
 
 
 def change_mtp_layers(change: Callable[[gpt.GPTModelConfig, ModuleSpec], ModuleSpec]) -> None:

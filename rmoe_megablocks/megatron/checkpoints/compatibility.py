@@ -11,6 +11,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints import safety
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.process import quiet_logging
 from rmoe_megablocks.routing import get_router_type
 
@@ -130,6 +131,11 @@ def _check_saved_router(args: argparse.Namespace, option: str, folder: str) -> N
         raise UsageError(
             f"{option} {folder}: the checkpoint's router is {saved_type}, this run's is {args.moe_router_type}; "
             f"use --moe-router-type {saved_type}, or another --save/--run-name for a new run{upcycle}"
+        )
+    theirs, ours = getattr(saved, "moe_null_experts", 0), args.moe_null_experts
+    if theirs != ours:
+        raise UsageError(
+            f"{option} {folder}: the checkpoint was trained with {null_experts.OPTION} {theirs}, this run has {ours}"
         )
     if option == "--load":  # only weights are taken from the other
         _check_optimizer_state_fits(args, saved)

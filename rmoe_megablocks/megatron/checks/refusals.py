@@ -8,6 +8,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import balancing, router_arguments
 from rmoe_megablocks.megatron.checks import unproven
 from rmoe_megablocks.megatron.experts import backend
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.routing import FAN_IN
 
 
@@ -21,6 +22,7 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     _check_context_parallel(args)
     backend.check_backend(args)
     balancing.check_reduction(args)
+    null_experts.check(args)
     options = sorted(argument.option for argument in router_arguments.named(args.explicit))
     replaced = router_arguments.router_type(args).replaces_hosts
     if not args.num_experts:

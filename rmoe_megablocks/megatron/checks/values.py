@@ -13,6 +13,7 @@ from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron.options import spelling
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checks import attention, companions, optimizer, routing
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 
 # Below zero is either an error or, for these, a meaning of its own
 _MAY_BE_NEGATIVE = {
@@ -193,8 +194,8 @@ def _contradictions(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
         "use --lr-warmup-fraction for runs of any length",
     )
     yield (
-        args.num_experts and args.moe_router_topk > args.num_experts,
-        f"--moe-router-topk {args.moe_router_topk}: there are only {args.num_experts} experts to choose from",
+        args.num_experts and args.moe_router_topk > null_experts.logits(args),
+        f"--moe-router-topk {args.moe_router_topk}: there are only {null_experts.named(args)} to choose from",
     )
     saved = [f"--save-{kind}-interval" for kind in ("activations", "dgrads", "params", "tokens-per-expert", "wgrads")]
     saved = [option for option in saved if getattr(args, option.removeprefix("--").replace("-", "_"))]

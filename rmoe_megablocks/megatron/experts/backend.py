@@ -6,6 +6,7 @@ import importlib.util
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 
 MEGATRON, MEGABLOCKS = BACKENDS = ("megatron", "megablocks")
 
@@ -51,8 +52,10 @@ def _check_sizes(args: argparse.Namespace) -> None:
             f"--moe-backend megablocks: --num-experts {experts} cannot be shared out evenly among "
             f"--expert-model-parallel-size {ranks} ranks"
         )
-    if args.moe_router_topk > experts:
-        raise UsageError(f"--moe-router-topk {args.moe_router_topk}: there are only {experts} experts to choose from")
+    if args.moe_router_topk > null_experts.logits(args):
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk}: there are only {null_experts.named(args)} to choose from"
+        )
     ffn = args.moe_ffn_hidden_size or args.ffn_hidden_size
     # MegaBlocks takes the logarithm of their number of 128-wide blocks, grouped or not (dmoe.py, max_column_index)
     if ffn and ffn * experts < 128:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rmoe_megablocks.compat import megablocks as megablocks_mode
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.experts.megablocks_weights import ExpertShards, split_expert
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 
 megablocks_mode.enable()  # before the first import of MegaBlocks
 from megablocks.layers.arguments import Arguments  # noqa: E402
@@ -84,18 +85,26 @@ class MegaBlocksExperts(MegatronModule):
                 for name, part in split_expert(fc1, fc2, config.gated_linear_unit).items():
                     getattr(mlp, name)[i * rows : (i + 1) * rows].copy_(part)
 
-    def forward(self, hidden_SBH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+    def forward(
+        self, hidden_SBH: Tensor, weights_TK: Tensor, experts_TK: Tensor, tokens_N: Tensor | None = None
+    ) -> Tensor:
         """Sends every token to its experts, wherever they are, and sums what they answer.
 
         Args:
             hidden_SBH: this rank's tokens [S, B, H], T = S x B.
             weights_TK: weight of each chosen expert's answer [T, K], fp32.
             experts_TK: the chosen experts [T, K], by their number among all.
+            tokens_N: where a token has any number of experts, the token of each choice; weights and experts are [N].
 
         Returns:
             [S, B, H] in the dtype of ``hidden_SBH``.
         """
-        return self.dropless(hidden_SBH.contiguous(), None, weights_TK, experts_TK)
+        if tokens_N is None:
+            return self.dropless(hidden_SBH.contiguous(), None, weights_TK, experts_TK)
+        # MegaBlocks takes as many experts of every row: each choice is a row, of one expert
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        answers_NH = self.dropless(hidden_TH.index_select(0, tokens_N), None, weights_TK, experts_TK)
+        return torch.zeros_like(hidden_TH).index_add(0, tokens_N, answers_NH).view_as(hidden_SBH)
 
     def backward_dw(self) -> None:
         """Weight gradients are never delayed: nothing to do."""
@@ -134,7 +143,7 @@ def _arguments(config: TransformerConfig, ep_group) -> Arguments:
         bias=False,
         activation_fn=config.activation_func,
         moe_num_experts=config.num_moe_experts,
-        moe_top_k=config.moe_router_topk,
+        moe_top_k=1 if null_experts.of(config) else config.moe_router_topk,
         moe_loss_weight=0,  # MegaBlocks' global loss lists stay empty; Megatron's router attaches the losses
         moe_expert_model_parallelism=distributed,
         expert_parallel_group=ep_group if distributed else None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.experts.megablocks_experts import MegaBlocksExperts
+from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer
 
 
@@ -27,16 +28,23 @@ class MegaBlocksMoELayer(MoELayer):
         self.token_dispatcher = None  # MegaBlocks is its own; whatever asks for Megatron's must fail
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor):
-        """hidden_states [S, B, H], probs and routing_map [T, E] -> hidden_states, (weights [T, K], experts [T, K])."""
+        """hidden_states [S, B, H], probs and routing_map [T, E] -> hidden_states, (weights [T, K], experts [T, K]).
+
+        With null experts, of which a token may choose some: (weights [N], experts [N], tokens [N]), a row for each of
+        the N choices of a real one.
+        """
+        if null_experts.of(self.config):
+            tokens_N, experts_N = routing_map.nonzero(as_tuple=True)
+            return hidden_states, (probs[tokens_N, experts_N].float(), experts_N, tokens_N)
         # The map holds exactly K experts for each token: without capacities, nothing is dropped or added.
         experts_TK = routing_map.byte().topk(self.config.moe_router_topk, dim=-1, sorted=False).indices
         return hidden_states, (probs.gather(1, experts_TK).float(), experts_TK)
 
-    def dispatch(self, hidden_states: Tensor, probs: tuple[Tensor, Tensor]):
+    def dispatch(self, hidden_states: Tensor, probs: tuple[Tensor, ...]):
         """Left to the experts."""
         return hidden_states, probs
 
-    def routed_experts_compute(self, hidden_states: Tensor, probs: tuple[Tensor, Tensor]):
+    def routed_experts_compute(self, hidden_states: Tensor, probs: tuple[Tensor, ...]):
         """Permutation, exchange over the expert-parallel ranks, experts, and all the way back: [S, B, H], no bias."""
         return self.experts(hidden_states, *probs), None
 

@@ -94,6 +94,7 @@ class Reporter:
 
     Attributes:
         iteration: the last one that is done in this session, 0 before.
+        last_health: what was measured last, where this rank writes.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Reporter:
         self.metrics = Metrics(folder / "metrics.jsonl")
         self.health = health
         self.iteration = 0
+        self.last_health: dict[str, list[float]] = {}
         self._nats_to_bpc = {split: 1 / (math.log(2) * number) for split, number in bytes_per_token.items()}
         self._exact = exact
         self.writes = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -137,6 +139,7 @@ class Reporter:
             self._open(iteration, args.train_iters)
         record = self._record(args, loss_dict, learning_rate, iteration, skipped_iter, grad_norm, seconds)
         self.metrics.add("train", record | ({"routing": health} if health else {}))
+        self.last_health = health or self.last_health
         self._since_line.append(record)
         self._bar.update(iteration - self._bar.n)  # Megatron says nothing of --iterations-to-skip
         if "bpc" in record and iteration % args.tensorboard_log_interval == 0:
@@ -147,7 +150,7 @@ class Reporter:
                 iteration,
             )
             if iteration == 1 and health["logits_std"]:
-                self.say(_fitting(_start_words(health, self.health.num_experts)))
+                self.say(_fitting(_start_words(health, self.health.num_logits)))
         if is_logged or iteration == args.train_iters:
             self.say(_fitting(self._words(record, health, args)))
             self._since_line.clear()
@@ -194,6 +197,8 @@ class Reporter:
         words += [f"{tokens / seconds:,.0f} tokens/s", f"left {tqdm.format_interval(max(0, left))}"]
         if health and health["load_balancing_loss"]:
             words.append(f"balance {_mean(health['load_balancing_loss']):.3f}")
+            if "real_experts_per_token" in health:
+                words.append(f"experts {_mean(health['real_experts_per_token']):.2f}")
             words.append(f"entropy {_mean(health['router_entropy']):.2f}")
             words.append(f"logits {_mean(health['logits_std']):.2g}")
             words.append("busiest " + " ".join(f"{share:.2f}" for share in health["busiest_expert_share"][:8]))
@@ -261,14 +266,14 @@ def _progress(iteration: int, args) -> str:
     return f"iteration {iteration:>6}/{args.train_iters}"
 
 
-def _start_words(health: dict, num_experts: int) -> list[str]:
+def _start_words(health: dict, num_logits: int) -> list[str]:
     """Of the routing as it was drawn, in less than 80 columns: gates that start flat (logits near 0) part late."""
     spreads = health["logits_std"]
     if len(spreads) <= 4:
         layers = " ".join(f"{spread:.2g}" for spread in spreads)
     else:
         layers = f"{min(spreads):.2g} to {max(spreads):.2g} in {len(spreads)} layers"
-    entropy = f"entropy {_mean(health['router_entropy']):.3f} of {math.log(num_experts):.3f}"
+    entropy = f"entropy {_mean(health['router_entropy']):.3f} of {math.log(num_logits):.3f}"
     return ["at the start", f"logits' std {layers}", entropy]
 
 

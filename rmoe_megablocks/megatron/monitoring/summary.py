@@ -72,6 +72,7 @@ def summarise(run: Run, model: list[torch.nn.Module], reporter: Reporter) -> Non
     summary = {
         "router": args.moe_router_type,
         "moe_backend": args.moe_backend,
+        **_null_experts(args, reporter),
         "layout": layout(args),
         "iterations": iterations,
         **(reporter.metrics.totals(iterations) if reporter.writes else {}),
@@ -85,6 +86,17 @@ def summarise(run: Run, model: list[torch.nn.Module], reporter: Reporter) -> Non
         _evaluate(run, model, reporter, summary, splits)
         _write(run, reporter, summary)
         reporter.say(f"{_results(summary, splits)}; {run.folder / 'summary.json'}")
+
+
+def _null_experts(args: argparse.Namespace, reporter: Reporter) -> dict:
+    """With null experts: how many, and the real ones of a token as measured last, mean of the layers; else nothing."""
+    if not args.moe_null_experts:
+        return {}
+    measured = reporter.last_health.get("real_experts_per_token")
+    return {
+        "moe_null_experts": args.moe_null_experts,
+        "real_experts_per_token": sum(measured) / len(measured) if measured else None,
+    }
 
 
 def _write(run: Run, reporter: Reporter, summary: dict) -> None:

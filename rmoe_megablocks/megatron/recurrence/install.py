@@ -16,6 +16,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import balancing, router_arguments
 from rmoe_megablocks.megatron.checkpoints import upcycling
 from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
+from rmoe_megablocks.megatron.null_experts.install import install_null_experts
 from rmoe_megablocks.megatron.recurrence import stage_boundary
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer, RecurrentTransformerLayer
 from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
@@ -40,6 +41,8 @@ def install_router(model_config: GPTModelConfig, args) -> None:
         _install_recurrence(model_config, args, router_type)
     elif args.moe_router_init == FAN_IN:
         _install_fan_in(model_config)
+    if args.moe_null_experts:
+        install_null_experts(model_config, args)
     if args.moe_backend == MEGABLOCKS:
         from rmoe_megablocks.megatron.experts.megablocks_layer import use_megablocks  # MegaBlocks need not be installed
 

@@ -224,7 +224,7 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
     if "moe" in settings.recompute_modules:
         return tokens * _state(settings) / share
     here = tokens / share  # tokens that this rank routes
-    kept = here * (12 * settings.num_experts + 28 * settings.topk)  # scores, indices, maps
+    kept = here * (12 * settings.logits + 28 * settings.topk)  # scores, indices, maps
     if settings.routing:
         kept += here * settings.routing.kept + settings.routing.kept_once
         if not (
@@ -232,7 +232,7 @@ def _moe(settings: Settings, tokens: int, narrow: float) -> float:
         ):
             kept -= narrow * tokens  # the norm's result: frozen weights do not need it
     # under expert-tensor parallelism each rank works on the tokens of the whole group, with a part of each expert
-    rows = here * settings.topk * settings.expert_tensor
+    rows = here * settings.most_experts * settings.expert_tensor
     ffn = settings.expert_ffn_size / settings.expert_tensor
     if settings.gated:
         inner = 2 * ffn + (0 if "moe_act" in settings.recompute_modules else ffn)
@@ -262,7 +262,7 @@ def _workspace(settings: Settings, rank: int) -> int:
         group = settings.recompute_num_layers if settings.recompute_method != "block" else 1
         rerun = layer(plain, index) * group
     ffn = settings.expert_ffn_size if settings.moe_layers[index] else settings.ffn_size
-    rows = settings.topk if settings.moe_layers[index] else 1
+    rows = settings.most_experts if settings.moe_layers[index] else 1
     # the backward pass through a block of maps holds the gradients of its input, inner part and result
     up = 2 if settings.gated else 1
     gradients = tokens * rows * settings.dtype_bytes * (2 * settings.hidden_size + (up + 1) * ffn / settings.tensor)

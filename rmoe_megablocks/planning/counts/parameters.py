@@ -66,7 +66,7 @@ def router(settings: Settings) -> Counts:
     if settings.routing is not None:
         owned = settings.routing.layer
         return Counts(whole=owned, routing=owned, frozen=settings.routing.frozen_layer)
-    matrix = settings.num_experts * (settings.hidden_size + (1 if settings.linear_bias else 0))
+    matrix = settings.logits * (settings.hidden_size + (1 if settings.linear_bias else 0))
     return Counts(whole=matrix, routing=matrix)
 
 
@@ -133,12 +133,12 @@ def stage(settings: Settings, rank: int) -> Counts:
 
 
 def active(settings: Settings) -> int:
-    """Parameters that work on a token: top-k experts instead of all of them."""
+    """Parameters that work on a token: top-k experts instead of all of them, with null experts in the mean."""
     counts = model(settings)
     if not settings.num_experts:
         return counts.total
     experts = counts.experts + counts.expert_whole
-    return counts.total - experts + experts * settings.topk // settings.num_experts
+    return counts.total - experts + experts * settings.topk // settings.logits
 
 
 def embeddings(settings: Settings) -> int:

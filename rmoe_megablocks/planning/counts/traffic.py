@@ -60,7 +60,7 @@ def _all_to_all(settings: Settings, tokens: float) -> float:
         sum(settings.moe_layers[index] for index in parameters.layers_of_rank(settings, rank))
         for rank in range(settings.pipeline)
     )
-    leaving = tokens * settings.topk * (settings.expert - 1) / settings.expert
+    leaving = tokens * settings.expected_experts * (settings.expert - 1) / settings.expert
     recomputed = settings.recompute == "full" or "moe" in settings.recompute_modules
     passes = 3 if recomputed else 2  # forward, backward, and forward again
     # there with the token's weight for the expert, and back

@@ -12,7 +12,12 @@ from tests.distributed.arguments import BASE, LINEAR, PP2
 from tests.distributed.lab import run_groups
 
 EP2 = "--expert-model-parallel-size 2".split()
-LAYOUTS = {"PP2": PP2, "EP2": EP2, "DP2 bf16": ["--bf16", "--use-distributed-optimizer"]}
+LAYOUTS = {
+    "PP2": PP2,
+    "EP2": EP2,
+    "DP2 bf16": ["--bf16", "--use-distributed-optimizer"],
+    "null experts": ["--moe-null-experts", "5"],
+}
 STILL = "--train-iters 1 --lr 0 --min-lr 0 --no-checkpoints".split()
 UNTIE = "--untie-embeddings-and-output-weights"
 

@@ -30,6 +30,8 @@ RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".
 FAULTS = ("experts' gradients divided twice", "experts reduced as dense weights")
 # All tokens of a layer go to one random expert: one of two ranks gets none
 IDLE_RANK = "--moe-router-topk 1 --moe-router-pre-softmax --moe-router-force-biased 100 --train-iters 2".split()
+NULL = "--moe-null-experts 5".split()
+NULL_START = "start null experts"
 NO_TRAINING = "--train-iters 1 --lr 0 --min-lr 0".split()
 ROUTERS = ("linear", "gru")
 # Of linear, whose router is the host's own, two of them in every test run
@@ -47,6 +49,7 @@ COMPARED = [
     for router in ROUTERS
     if ALL_CELLS or (processes < 4 and (router == "gru" or name in ALWAYS_LINEAR))
 ]
+NULL_LAYOUTS = {"EP2": EP2, **({"TP2": TP2, "PP2 moe recompute": [*PP2, *MOE_RECOMPUTE]} if ALL_CELLS else {})}
 MORE_LAYOUTS = {"TP2 x EP2": [*TP2, *EP2], "PP2 interleaved": INTERLEAVED}
 # Options that the experts' backend could break, against Megatron's experts with the same ones.
 OPTIONS = (
@@ -59,7 +62,7 @@ def case(name: str, argv: list[str], router: str, load: str | None = "start", co
     argv = [*TRAIN, *of_type(router), *argv]
     if load:
         argv += ["--load", f"{{folder}}/{load} {router}", "--no-load-rng"]
-    if load == "start":
+    if load in ("start", NULL_START):
         argv += ["--finetune", "--no-load-optim"]
     return {"name": f"{name} {router}", "argv": argv, "collect": list(collect)}
 
@@ -95,6 +98,8 @@ def one_process() -> list[dict]:
     return [
         case("options megatron", OPTIONS, "gru", None),
         case("options megablocks", [*OPTIONS, *MEGABLOCKS], "gru", None),
+        case("null experts megatron", NULL, "gru", NULL_START),
+        case("null experts EP1", [*NULL, *MEGABLOCKS], "gru", NULL_START),
         first_half("half", "gru"),
         case("resumed", MEGABLOCKS, "gru", "half"),
         first_half("half megablocks", "gru", *MEGABLOCKS),
@@ -107,6 +112,11 @@ def one_process() -> list[dict]:
 def two_processes() -> list[dict]:
     more = [case(name, [*MEGABLOCKS, *layout], "gru") for name, layout in MORE_LAYOUTS.items()]
     return more + [
+        case(NULL_START, [*NULL, *NO_TRAINING, *EP2, *save(NULL_START, "gru")], "gru", None),
+        *(
+            case(f"null experts {name}", [*NULL, *MEGABLOCKS, *layout], "gru", NULL_START)
+            for name, layout in NULL_LAYOUTS.items()
+        ),
         case("idle rank megatron", [*EP2, *IDLE_RANK], "gru"),
         case("idle rank megablocks", [*MEGABLOCKS, *EP2, *IDLE_RANK], "gru"),
         case("start megablocks", [*NO_TRAINING, *EP2, *MEGABLOCKS], "gru", None, ["weights"]),
@@ -165,6 +175,15 @@ def test_trains_as_megatrons_experts_with_shared_experts_dense_layers_and_per_to
 @pytest.mark.parametrize("layout", MORE_LAYOUTS)
 def test_trains_as_megatrons_experts_in_more_layouts(results, layout):
     assert deviation(results, "megatron gru", f"{layout} gru") < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["EP1", *NULL_LAYOUTS])
+def test_null_experts_train_as_with_megatrons_experts_in_one_process(results, layout):
+    assert deviation(results, "null experts megatron gru", f"null experts {layout} gru") < 1e-5
+
+
+def test_null_experts_in_two_processes_are_those_of_one(results):
+    assert deviation(results, "null experts EP1 gru", "null experts EP2 gru") < 2e-6
 
 
 def test_a_rank_without_tokens_keeps_up(results):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from rmoe_megablocks.megatron.monitoring import reporting
+from rmoe_megablocks.megatron.monitoring import reporting, summary
 from rmoe_megablocks.megatron.monitoring.health import RoutingHealth
 from tests.distributed.arguments import of_type
 from tests.megatron.monitoring.test_reporting import args, batches, lines, train  # noqa: F401  fixtures
@@ -89,7 +89,7 @@ def figures(*spreads: float) -> dict[str, list[float]]:
 class Known:
     """A RoutingHealth that reports what it is told to; ``asked`` counts."""
 
-    num_experts = 8
+    num_logits = 8
 
     def __init__(self, *spreads: float) -> None:
         self.spreads, self.asked = spreads, 0
@@ -116,6 +116,23 @@ def test_the_first_iteration_is_measured_written_and_told(args, batches, tmp_pat
     assert told.count("at the start") == 1
     assert told.startswith("at the start | logits' std 0.0093 0.01 | entropy 2.079 of 2.079\n")
     assert re.search(r"iteration +2/4 .* balance 1.000 \| entropy 2.08 \| logits 0.0097 \| busiest 0.12 0.12\n", told)
+
+
+class KnownNull(Known):
+    def report(self) -> dict[str, list[float]]:
+        return super().report() | {"real_experts_per_token": [0.5, 1.5]}
+
+
+def test_with_null_experts_the_real_ones_of_a_token_are_told(args, batches, tmp_path, capfd):  # noqa: F811
+    reporter = reporting.Reporter(tmp_path, {}, KnownNull(0.01, 0.01))
+    run = argparse.Namespace(moe_null_experts=3)
+    assert summary._null_experts(run, reporter) == {"moe_null_experts": 3, "real_experts_per_token": None}
+    train(reporter, 2, samples_before=4)
+    assert lines(reporter)[0]["routing"]["real_experts_per_token"] == [0.5, 1.5]
+    assert args.scalars["routing/real_experts_per_token/layer_1", 2] == 1.5
+    assert "| balance 1.000 | experts 1.00 | entropy 2.08" in capfd.readouterr().err
+    assert summary._null_experts(run, reporter) == {"moe_null_experts": 3, "real_experts_per_token": 1.0}
+    assert summary._null_experts(argparse.Namespace(moe_null_experts=0), reporter) == {}
 
 
 def test_a_run_that_goes_on_has_no_start(args, batches, tmp_path, capfd):  # noqa: F811

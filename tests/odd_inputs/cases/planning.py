@@ -24,6 +24,7 @@ CASES = [
     refused("--nmu-layers 3", "--nmu-layers 3 .did you mean --num-layers"),
     refused("--moe-router-type rnn", "--moe-router-type: invalid choice: 'rnn'"),
     refused("--moe-router-topk 17", "--moe-router-topk 17 is more than --num-experts 16"),
+    refused("--moe-null-experts 2 --moe-router-topk 19", "19 is more than --num-experts 16 and --moe-null-experts 2"),
     refused("--num-experts=null", "--moe-router-type gru: the model has no experts"),
     refused("--hidden-size 1282", "--hidden-size 1282 is not a multiple of --num-attention-heads 20"),
     refused("--group-query-attention --num-query-groups 3", "20 is not a multiple of --num-query-groups 3"),

@@ -1,0 +1,1 @@
+"""Null experts (``--moe-null-experts``) in Megatron: argument and refusals, router, dispatch, installation."""
