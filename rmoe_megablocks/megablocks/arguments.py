@@ -157,8 +157,8 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
             f"moe_router_init={args.moe_router_init!r} does not work with moe_router_type='linear', MegaBlocks' own "
             "router: leave it out, and for torch.nn.Linear's initialisation call layer.router.layer.reset_parameters()"
         )
-    residual = router_option(args, "moe_router_options").get(RESIDUAL.dest)
-    if residual and getattr(args, "moe_zloss_weight", 0):
+    residual = router_type(args).replaces_hosts and routing_config(args)[RESIDUAL]
+    if residual and args.moe_zloss_weight:
         raise UsageError(
             f"{RESIDUAL.dest} does not work with moe_zloss_weight: the z-loss of logarithms of scores is a constant; "
             "leave it out"

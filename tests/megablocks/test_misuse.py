@@ -148,7 +148,10 @@ def test_layers_that_cannot_share():
         ({"bf16": True}, "agree on fp16 and bf16"),
         ({"moe_loss_weight": 0.5}, "agree on moe_loss_weight"),
         ({"moe_router_rnn_bias": True}, "agree on moe_router_rnn_bias"),
-        ({"moe_router_options": {"moe_router_residual": 0.5}}, "agree on moe_router_residual, found .*0.0.*0.5"),
+        (
+            {"moe_router_options": {"moe_router_residual": 0.5}, "moe_zloss_weight": 0},
+            "agree on moe_router_residual, found .*0.0.*0.5",
+        ),
         (
             {"moe_router_options": {"moe_router_share_head": "all"}},
             "layers of one model must agree on moe_router_share",

@@ -64,6 +64,8 @@ def arguments_of(name: str, change=(), **more) -> rmoe.Arguments:
         moe_router_type=name,
         moe_router_options=options,
     )
+    if "moe_router_residual" in change:
+        defaults["moe_zloss_weight"] = 0  # which means nothing to it, and is refused
     return arguments(**(defaults | fields | more))
 
 

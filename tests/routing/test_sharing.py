@@ -265,5 +265,5 @@ def test_the_planner_counts_blocks(projector, head, shared, own):
     plain = RoutingConfig(H, E, {STATE_SIZE: P}, LAYERS)
     cost, without = (measure(get_router_type("gru"), c, 2, 4) for c in (config, plain))
     assert (cost.shared, cost.layer) == (6 * P * P + 6 * P + shared, own)
-    assert cost.flops == without.flops == 2 * (H * P + 6 * P * P + E * P)
+    assert cost.forward == without.forward and cost.forward.token == 2 * (H * P + 6 * P * P + E * P)
     assert cost.kept == without.kept and cost.state_size == P
