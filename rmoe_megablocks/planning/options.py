@@ -20,7 +20,7 @@ COUNTED = """
     --untie-embeddings-and-output-weights --hidden-dropout --attention-dropout --seq-length --micro-batch-size
     --global-batch-size --num-experts --moe-ffn-hidden-size --moe-layer-freq --moe-router-topk --moe-router-dtype
     --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-router-type
-    --moe-null-experts --bf16 --fp16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32
+    --moe-null-experts --moe-router-impl --bf16 --fp16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32
     --use-distributed-optimizer --tensor-model-parallel-size --sequence-parallel --pipeline-model-parallel-size
     --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --context-parallel-size
     --expert-model-parallel-size --expert-tensor-parallel-size --recompute-granularity --recompute-activations

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rmoe_megablocks.kernels import linear_in_dtype
+from rmoe_megablocks.kernels import LARGEST_SIZE, linear_in_dtype
 from rmoe_megablocks.routing.arguments import Argument, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
 from rmoe_megablocks.routing.heads import HEADS, TEMPERATURE, XMOE_SIZE, Linear, check_head
+from rmoe_megablocks.routing.implementation import AUTO, EAGER, IMPL, TRITON
 from rmoe_megablocks.routing.layer import RECURRENCE, RouterLayer
 from rmoe_megablocks.routing.shared import SharedRouting
 from rmoe_megablocks.routing.sharing import SHARE_HEAD, SHARE_PROJECTOR, Blocks, check_blocks, is_shared
@@ -102,15 +104,30 @@ class RecurrentLayer(RouterLayer):
     Parameters: projector [P, H] and router [E, P], with ``--moe-router-rnn-bias`` projector_bias [P] and router_bias
     [E]; with another head than linear the module ``head`` in the place of router. What is shared by further layers is
     the shared cell's.
+
+    Attributes:
+        implementations: whether the type has other forms than eager for ``--moe-router-impl``.
     """
 
-    arguments = (STATE_SIZE, BIAS, RNN_INIT, RECURRENCE, HEAD, TEMPERATURE, XMOE_SIZE, SHARE_PROJECTOR, SHARE_HEAD)
+    implementations: ClassVar[bool] = False
+    arguments = (
+        *(STATE_SIZE, BIAS, RNN_INIT, RECURRENCE, HEAD, TEMPERATURE, XMOE_SIZE, SHARE_PROJECTOR, SHARE_HEAD),
+        IMPL,
+    )
 
     @classmethod
     def check(cls, config: RoutingConfig) -> None:
         check_head(HEADS[config[HEAD]], config)
         for argument in (SHARE_PROJECTOR, SHARE_HEAD):
             check_blocks(config, argument)
+        impl = config[IMPL]
+        if not cls.implementations and impl not in (AUTO, EAGER):
+            raise ValueError(f"{IMPL.option} {impl}: {cls.__name__} has torch's operations alone; use {AUTO}")
+        largest = max(config[STATE_SIZE], config.num_experts)
+        if impl == TRITON and largest > LARGEST_SIZE:
+            raise ValueError(
+                f"{IMPL.option} {impl}: a state and experts of at most {LARGEST_SIZE}, not {largest}; use {AUTO}"
+            )
 
     @classmethod
     def own_state_size(cls, config: RoutingConfig) -> int:
@@ -137,14 +154,19 @@ class RecurrentLayer(RouterLayer):
         """What the head reads of a state [..., own_state_size]: [..., P]."""
         return h
 
-    def route(self, x_TH: Tensor, h_TP: Tensor | None, shared: SharedCell, dtype: torch.dtype):
+    def project(self, x_TH: Tensor, shared: SharedCell, dtype: torch.dtype) -> Tensor:
+        """x' [..., P] in ``dtype`` (Eq. 4)."""
         if self.projector is None:
-            p_TP = shared.projectors.of(self.index)(x_TH, dtype)
-        else:
-            p_TP = linear_in_dtype(x_TH, self.projector, self.projector_bias, dtype)
-        h_TP = shared(p_TP, h_TP)
+            return shared.projectors.of(self.index)(x_TH, dtype)
+        return linear_in_dtype(x_TH, self.projector, self.projector_bias, dtype)
+
+    def read_out(self, h_TP: Tensor, shared: SharedCell, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Logits [..., E] of the state [..., own_state_size], and the state."""
         read_TP = self.read(h_TP)
         if self.router is not None:
             return linear_in_dtype(read_TP, self.router, self.router_bias, dtype), h_TP
         head = shared.heads.of(self.index) if self.head is None else self.head
         return head(read_TP, dtype), h_TP
+
+    def route(self, x_TH: Tensor, h_TP: Tensor | None, shared: SharedCell, dtype: torch.dtype):
+        return self.read_out(shared(self.project(x_TH, shared, dtype), h_TP), shared, dtype)

@@ -10,6 +10,7 @@ from rmoe_megablocks.megatron.checks import unproven
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.routing import FAN_IN
+from rmoe_megablocks.routing.implementation import TRITON
 
 
 def installed(module: str) -> bool:
@@ -198,6 +199,11 @@ def _refusals(args: argparse.Namespace):
         args.init_method_xavier_uniform and args.moe_router_rnn_init == "init_method",
         "--moe-router-rnn-init init_method with --init-method-xavier-uniform",
         "Xavier's bounds are a matrix's, and the recurrent cell has biases; leave one of them out",
+    )
+    yield (
+        args.moe_router_impl == TRITON and megatron_cpu.needed(),
+        "--moe-router-impl triton here",
+        "its kernels need a CUDA GPU, and torch sees none; use auto",
     )
     yield args.init_model_with_meta_device, "--init-model-with-meta-device", "leave it out"
     yield args.spec is not None, "--spec", "the router brings its own layer specification"
