@@ -98,7 +98,8 @@ def products(buffer: Tensor, x: Tensor, h: Tensor | None, grad_h: Tensor, weight
         # Zeros rather than None: a stage whose only MoE layer is the model's first must still report a
         # gradient of weight_hh, or Megatron's overlapped gradient reduction waits for it for ever.
         return grad_x, None, grad_weight_ih, torch.zeros_like(weight_hh)
-    return grad_x, grad_h.addmm_(to_hh, weight_hh), grad_weight_ih, to_hh.mT @ h
+    torch.addmm(grad_h, to_hh, weight_hh, out=grad_h)  # not addmm_, which torch's counter of operations leaves out
+    return grad_x, grad_h, grad_weight_ih, to_hh.mT @ h
 
 
 def bias_sums(sums: Tensor) -> tuple[Tensor, Tensor]:

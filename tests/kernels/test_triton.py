@@ -19,7 +19,6 @@ def test_kernels_under_the_interpreter():
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-x",
         "-p",
         "no:cacheprovider",

@@ -102,10 +102,12 @@ SMALL = (
     "--max-position-embeddings 128 --micro-batch-size 2 --vocab-size 512 --mock-data --tokenizer-type NullTokenizer "
 )
 UNFUSED = ["--transformer-impl", "local"]  # what a run chooses by itself here
+EAGER = ["--moe-router-impl", "eager"]  # likewise, while a plan is one for GPUs
 SELECTIVE = "--recompute-granularity selective --recompute-modules "
 CASES = {
     "gru": "",
     "gru, fp32 routing": "--moe-router-dtype fp32",
+    "gru, recompute": "--moe-router-dtype fp32 --moe-router-impl recompute",
     "gru, projectors and heads shared": "--moe-router-dtype fp32 --moe-router-share-projector 2 "
     "--moe-router-share-head all",
     "linear": "--moe-router-type linear --moe-router-rnn-hidden-size=null",
@@ -133,7 +135,8 @@ CASES = {
 def test_activations(case, tmp_path):
     typed = (SMALL + CASES[case]).split()
     run = checked(TINY, tmp_path, typed, 1)
-    settings = read_settings(arguments(TINY, typed + UNFUSED)[0])
+    here = UNFUSED if {"--moe-router-type", *EAGER[:1]} & set(typed) else UNFUSED + EAGER
+    settings = read_settings(arguments(TINY, typed + here)[0])
     with rank_of(run, 0) as groups:
         (chunk,) = build(run, groups, "cpu")
         model = Float16Module(chunk.config, chunk).train()
@@ -145,7 +148,7 @@ def test_activations(case, tmp_path):
 def test_fp32_activations(tmp_path):
     typed = [word for word in SMALL.split() if word != "--bf16"]
     run = checked(TINY, tmp_path, typed, 1)
-    settings = read_settings(arguments(TINY, typed + UNFUSED)[0])
+    settings = read_settings(arguments(TINY, typed + UNFUSED + EAGER)[0])
     with rank_of(run, 0) as groups:
         (chunk,) = build(run, groups, "cpu")
         measured = kept_by_autograd(chunk.train(), torch.randint(512, (2, 128)))

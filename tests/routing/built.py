@@ -3,8 +3,9 @@
 import torch
 
 from rmoe_megablocks.routing import BIAS, INIT, RNN_INIT, STATE_SIZE, RouterLayer, RoutingConfig, get_router_type
+from rmoe_megablocks.routing.implementation import IMPL
 
-OPTIONS = {"state_size": STATE_SIZE, "bias": BIAS, "rnn_init": RNN_INIT, "layer_init": INIT}
+OPTIONS = {"state_size": STATE_SIZE, "bias": BIAS, "rnn_init": RNN_INIT, "layer_init": INIT, "impl": IMPL}
 
 
 def config_of(hidden_size: int, num_experts: int, state_size: int = 128, init_method=None, **options) -> RoutingConfig:
