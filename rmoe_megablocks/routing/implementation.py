@@ -13,9 +13,10 @@ from rmoe_megablocks.routing.arguments import Argument
 AUTO, TRITON, EAGER, RECOMPUTE = CHOICES = ("auto", "triton", "eager", "recompute")
 IMPL = Argument(
     "--moe-router-impl",
-    AUTO,
-    "With what the GRU is computed: triton, kernels for CUDA GPUs; eager, torch's operations; recompute, the same in a "
-    "third of the memory, with two products more in the backward pass. auto: triton where it can be, otherwise eager.",
+    EAGER,
+    "With what the GRU is computed: eager, torch's operations; recompute, the same in a third of the memory, with two "
+    "products more in the backward pass; triton, kernels for CUDA GPUs, which none has run yet; auto, triton where it "
+    "can be, otherwise eager.",
     choices=CHOICES,
     kept=False,
 )

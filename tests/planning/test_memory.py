@@ -102,7 +102,6 @@ SMALL = (
     "--max-position-embeddings 128 --micro-batch-size 2 --vocab-size 512 --mock-data --tokenizer-type NullTokenizer "
 )
 UNFUSED = ["--transformer-impl", "local"]  # what a run chooses by itself here
-EAGER = ["--moe-router-impl", "eager"]  # likewise, while a plan is one for GPUs
 SELECTIVE = "--recompute-granularity selective --recompute-modules "
 CASES = {
     "gru": "",
@@ -135,7 +134,7 @@ CASES = {
 def test_activations(case, tmp_path):
     typed = (SMALL + CASES[case]).split()
     run = checked(TINY, tmp_path, typed, 1)
-    here = UNFUSED if {"--moe-router-type", *EAGER[:1]} & set(typed) else UNFUSED + EAGER
+    here = UNFUSED if {"--moe-router-type"[:1]} & set(typed) else UNFUSED
     settings = read_settings(arguments(TINY, typed + here)[0])
     with rank_of(run, 0) as groups:
         (chunk,) = build(run, groups, "cpu")
@@ -148,7 +147,7 @@ def test_activations(case, tmp_path):
 def test_fp32_activations(tmp_path):
     typed = [word for word in SMALL.split() if word != "--bf16"]
     run = checked(TINY, tmp_path, typed, 1)
-    settings = read_settings(arguments(TINY, typed + UNFUSED + EAGER)[0])
+    settings = read_settings(arguments(TINY, typed + UNFUSED)[0])
     with rank_of(run, 0) as groups:
         (chunk,) = build(run, groups, "cpu")
         measured = kept_by_autograd(chunk.train(), torch.randint(512, (2, 128)))
