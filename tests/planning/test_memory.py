@@ -134,8 +134,7 @@ CASES = {
 def test_activations(case, tmp_path):
     typed = (SMALL + CASES[case]).split()
     run = checked(TINY, tmp_path, typed, 1)
-    here = UNFUSED if {"--moe-router-type"[:1]} & set(typed) else UNFUSED
-    settings = read_settings(arguments(TINY, typed + here)[0])
+    settings = read_settings(arguments(TINY, typed + UNFUSED)[0])
     with rank_of(run, 0) as groups:
         (chunk,) = build(run, groups, "cpu")
         model = Float16Module(chunk.config, chunk).train()
