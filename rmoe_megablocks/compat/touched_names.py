@@ -67,6 +67,13 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("megatron.core.transformer.moe.moe_layer:MoELayer.postprocess", _EXPERTS),
     # megatron/hooks.py and megatron/script_hooks.py
     Touched(
+        "megatron.core.transformer.moe.moe_layer:MoEAlltoAllTokenDispatcher",
+        "send a token to fewer experts than top-k",
+    ),
+    Touched(
+        "megatron.training.training:num_floating_point_operations", "count the experts that tokens have", ("args",)
+    ),
+    Touched(
         "megatron.training.training:training_log",
         "report each iteration",
         ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),

@@ -41,6 +41,8 @@ class Router:
         """To be added to BASE, whose arguments of other types it takes back."""
         foreign = [argument for argument in all_arguments() if argument not in self.type.arguments]
         taken_back = [f"{argument.option}=null" for argument in foreign if argument.option in BASE]
+        if self.config[RESIDUAL]:
+            taken_back.append("--moe-z-loss-coeff=null")  # which means nothing to it, and is refused
         chosen = [word for argument, value in self.chosen for word in (argument.option, str(value))]
         return ["--moe-router-type", self.kind, *taken_back, *chosen]
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rmoe_megablocks import megablocks as rmoe
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.routing import INIT, RNN_INIT, RoutingConfig, get_router_type, router_types
+from rmoe_megablocks.routing.implementation import IMPL
 from tests.megablocks import dense
 from tests.megablocks.test_recurrent_layers import HIDDEN, arguments
 
@@ -22,7 +23,11 @@ from megablocks import MoE, dMoE  # isort: skip
 LAYERS, EXPERTS, WIDTH = 4, 16, 8
 DROPLESS = {"moe_capacity_factor": 0}  # of a MoE: room for every token
 #: of arguments that take words and numbers, what is tried; numbers and words of a choice come from the registry
-WORDS = {"moe_router_share_projector": ("3", "all"), "moe_router_share_head": ("2", "all")}
+WORDS = {
+    "moe_router_share_projector": ("3", "all"),
+    "moe_router_share_head": ("2", "all"),
+    "moe_router_impl": ("recompute", "auto"),  # triton needs a GPU
+}
 
 
 def own_types() -> list[str]:
@@ -39,6 +44,8 @@ def choices(name: str) -> list[dict]:
     for argument in get_router_type(name).arguments:
         if argument in (INIT, RNN_INIT):
             continue  # how numbers are drawn
+        if argument is IMPL and not get_router_type(name).layer.implementations:
+            continue
         kind = type(argument.default)
         values = WORDS.get(argument.dest) or [choice for choice in argument.choices if choice != argument.default]
         values = values or {bool: [True], int: [WIDTH + 1], float: [0.5]}[kind]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import assert_same_tensors, load_tensors
+from tests.distributed.arguments import ALL_CELLS
 from tests.existing_job.jobs import OWN_ENTRY, STOCK_SCRIPT, WRAPPER, as_own_entry, losses, start
 from tests.own_router.conftest import ROOT, SHORT_NAME, TYPE, block, environment
 
@@ -43,6 +44,9 @@ def launch(package, folder, name, argv, router=ROUTER):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+slow = pytest.mark.skipif(not ALL_CELLS, reason="RMOE_TEST_ALL_CELLS=1 runs it")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,7 @@ def test_the_checkpoint_has_its_tensors_and_training_leaves_the_buffer(trained):
     assert not any(torch.equal(projections[0], other) for other in projections[1:])  # each layer drew its own
 
 
+@slow
 def test_a_float_buffer_is_rounded_with_the_model_once(package, tmp_path):
     launch(package, tmp_path, "half", ["--train-iters", "2", "--bf16", "--moe-router-dtype", "fp32"])
     launch(package, tmp_path, "more", ["--train-iters", "4", "--bf16", "--moe-router-dtype", "fp32",
@@ -161,6 +166,7 @@ def test_an_installed_package_is_found_by_its_name(installed, tmp_path):
     assert OF_LAYERS + "share" in load_tensors(tmp_path / "short" / "checkpoints")
 
 
+@slow
 def test_a_module_beside_the_run_is_found_by_launcher_and_workers(package, tmp_path):
     """Without PYTHONPATH, in the folder that the run is started in."""
     (tmp_path / "my_package").symlink_to(package / "my_package")

@@ -22,7 +22,7 @@ def warned(line: str | None):
 
 CASES = [
     refused("--nmu-layers 3", "--nmu-layers 3 .did you mean --num-layers"),
-    refused("--moe-router-type rnn", "--moe-router-type: invalid choice: 'rnn'"),
+    refused("--moe-router-type rnnn", "--moe-router-type: unknown router type 'rnnn', did you mean rnn"),
     refused("--moe-router-topk 17", "--moe-router-topk 17 is more than --num-experts 16"),
     refused("--moe-null-experts 2 --moe-router-topk 19", "19 is more than --num-experts 16 and --moe-null-experts 2"),
     refused("--num-experts=null", "--moe-router-type gru: the model has no experts"),
