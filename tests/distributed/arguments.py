@@ -2,7 +2,7 @@
 
 import os
 
-from rmoe_megablocks.routing import STATE_SIZE, get_router_type
+from rmoe_megablocks.routing import all_arguments, get_router_type
 
 #: all layouts, options and routes over ten iterations, not only those of every test run over six
 ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
@@ -49,9 +49,9 @@ BF16_ALL_EXPERTS = [*BF16, "--moe-router-topk", "4"]
 
 
 def of_type(router: str) -> list[str]:
-    """BASE with another router: its argument of gru is taken back where that means nothing."""
-    null = ["--moe-router-rnn-hidden-size=null"] * (STATE_SIZE not in get_router_type(router).arguments)
-    return ["--moe-router-type", router, *null]
+    """Added to BASE another router: what BASE says to gru is taken back where that means nothing."""
+    foreign = [argument.option for argument in all_arguments() if argument not in get_router_type(router).arguments]
+    return ["--moe-router-type", router, *(f"{option}=null" for option in foreign if option in BASE)]
 
 
 LINEAR = of_type("linear")
