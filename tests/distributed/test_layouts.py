@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed import cases, further_cases, grid
-from tests.distributed.arguments import ITERATIONS, SIZES
+from tests.distributed.arguments import ITERATIONS, OPTIONS, SIZES
 
 COMPARED = {case.name: case for case in cases.selected()}
 
@@ -83,7 +83,8 @@ def test_bf16_stages_compute_what_one_process_computes(lab):
                 assert (gradient - expected).norm() <= 1e-6 * expected.norm()
             else:
                 assert torch.equal(gradient, expected), name
-            assert expected.abs().sum() > 0, name
+            # other draws of RMOE_TEST_OPTIONS may leave an expert without a token
+            assert expected.abs().sum() > 0 or OPTIONS, name
     assert names == set(one["gradients"])
 
 
