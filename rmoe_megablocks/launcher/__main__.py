@@ -69,9 +69,9 @@ def _help_megatron(word: str) -> int:
     quiet_warnings(speaks=False)
     # what Megatron and CPU mode say when they are imported is no help
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from rmoe_megablocks.megatron import argument_help
+        from rmoe_megablocks.megatron.command_line import help_text
 
-    text = argument_help.megatron(word)
+    text = help_text.megatron(word)
     if not text:
         raise UsageError(f"--help-megatron {word}: no argument has that in its name or help")
     print(text, end="")

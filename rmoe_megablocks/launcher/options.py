@@ -28,7 +28,7 @@ takes the same arguments:
 
   torchrun --nproc-per-node 2 launch/pretrain_rmoe.sh --config configs/tiny.yaml
 """
-#: the router's and the run's own arguments, see rmoe_megablocks/megatron/argument_help.py
+#: the router's and the run's own arguments, see rmoe_megablocks/megatron/command_line/help_text.py
 _OWN_ARGUMENTS = Path(__file__).parent / "arguments_help.txt"
 _WIDTH = 79
 _LAYOUT = ("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port")

@@ -17,9 +17,10 @@ from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron.dead_arguments import refuse_dead_arguments
 from rmoe_megablocks.compat.megatron.errors import in_one_line
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, parser, router_arguments
+from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checks import values
 from rmoe_megablocks.megatron.checks.refusals import check_router_arguments, installed
+from rmoe_megablocks.megatron.command_line import parser, router_arguments
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.megatron.null_experts import options as null_experts
 

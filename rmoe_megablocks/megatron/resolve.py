@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rmoe_megablocks import data, run_lock
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, router_arguments
+from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, options, resharding, schedule, upcycling
 from rmoe_megablocks.megatron.checkpoints import files as checkpoint_files
 from rmoe_megablocks.megatron.checks import refusals, rehearsal
+from rmoe_megablocks.megatron.command_line import router_arguments
 from rmoe_megablocks.megatron.inputs import batch_schedule, datasets
 from rmoe_megablocks.megatron.monitoring import nonfinite
 from rmoe_megablocks.megatron.null_experts import options as null_experts

@@ -15,7 +15,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import options
 from rmoe_megablocks.planning.counts.routing import RoutingCost, measure
 from rmoe_megablocks.routing import Argument, all_arguments, get_router_type
-from rmoe_megablocks.routing.null_experts import expected_real_experts
+from rmoe_megablocks.routing.parts.null_experts import expected_real_experts
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def is_argument(option: str) -> bool:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     _import_megatron()
-    from rmoe_megablocks.megatron import arguments, router_arguments
+    from rmoe_megablocks.megatron import arguments
+    from rmoe_megablocks.megatron.command_line import router_arguments
 
     router_arguments.load_named_type(argv)
     return arguments.parse(argv), _parser(all_arguments())
@@ -155,7 +156,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentPa
 def _parser(of_routers: tuple[Argument, ...]) -> argparse.ArgumentParser:
     """A parser with ``of_routers`` among its arguments: of all router types known by now."""
     _import_megatron()
-    from rmoe_megablocks.megatron import arguments, parser
+    from rmoe_megablocks.megatron import arguments
+    from rmoe_megablocks.megatron.command_line import parser
 
     return parser.build(arguments.add_run_arguments)
 
@@ -268,7 +270,7 @@ def _routing(args: argparse.Namespace, dtype_bytes: int, router_dtype_bytes: int
     router_type = get_router_type(args.moe_router_type)
     if not router_type.replaces_hosts:
         return None
-    from rmoe_megablocks.megatron import router_arguments
+    from rmoe_megablocks.megatron.command_line import router_arguments
 
     try:
         config = router_arguments.routing_config(args)

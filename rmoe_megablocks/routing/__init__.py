@@ -7,9 +7,11 @@ Read :mod:`.reference` for the equations, :mod:`.layer` for what a router type i
 from rmoe_megablocks.routing import types as _types  # noqa: F401  registers them
 from rmoe_megablocks.routing.arguments import Argument, above_zero, at_least, not_negative
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import FAN_IN, INIT, INIT_METHOD, LAYER_INITS, draw, fan_in_
 from rmoe_megablocks.routing.layer import RECURRENCE, RESIDUAL, RouterLayer
-from rmoe_megablocks.routing.recurrent import BIAS, HEAD, RNN_INIT, STATE_SIZE
+from rmoe_megablocks.routing.parts.initialisation import FAN_IN, INIT, INIT_METHOD, LAYER_INITS, draw, fan_in_
+from rmoe_megablocks.routing.parts.recurrent import BIAS, HEAD, RNN_INIT, STATE_SIZE
+from rmoe_megablocks.routing.parts.shared import Shareable, SharedRouting
+from rmoe_megablocks.routing.parts.sharing import SHARE_HEAD, SHARE_PROJECTOR
 from rmoe_megablocks.routing.registry import (
     LINEAR,
     RouterType,
@@ -19,8 +21,6 @@ from rmoe_megablocks.routing.registry import (
     register,
     router_types,
 )
-from rmoe_megablocks.routing.shared import Shareable, SharedRouting
-from rmoe_megablocks.routing.sharing import SHARE_HEAD, SHARE_PROJECTOR
 from rmoe_megablocks.routing.state import RoutingStateError, StateSlot
 
 __all__ = [

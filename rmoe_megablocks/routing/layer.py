@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.routing.arguments import Argument, not_negative
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import INIT, draw
-from rmoe_megablocks.routing.shared import SharedRouting
+from rmoe_megablocks.routing.parts.initialisation import INIT, draw
+from rmoe_megablocks.routing.parts.shared import SharedRouting
 
 RESIDUAL = Argument(
     "--moe-router-residual",
@@ -87,7 +87,7 @@ class RouterLayer(nn.Module):
             shared: what all layers share, None if nothing.
             dtype: of the arithmetic.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no route")  # the registry takes no such class
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ import torch
 
 from rmoe_megablocks.routing.arguments import Argument
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import INIT
 from rmoe_megablocks.routing.layer import RECURRENCE, RESIDUAL, RouterLayer
-from rmoe_megablocks.routing.shared import SharedRouting
+from rmoe_megablocks.routing.parts.initialisation import INIT
+from rmoe_megablocks.routing.parts.shared import SharedRouting
 
 #: packages name their router classes in this entry-point group
 ENTRY_POINTS = "rmoe_megablocks.routers"
@@ -103,8 +104,8 @@ def unregister(name: str) -> None:
 
 
 def router_types() -> tuple[str, ...]:
-    """Names of all types of this package and of installed ones, in the order of registration."""
-    return tuple(dict.fromkeys((*_ROUTER_TYPES, *_installed())))
+    """Names of all types of this package and of installed ones, ``linear`` first, the others by name."""
+    return (LINEAR, *sorted({*_ROUTER_TYPES, *_installed()} - {LINEAR}))
 
 
 def get_router_type(name: str) -> RouterType:
@@ -130,12 +131,13 @@ def get_router_type(name: str) -> RouterType:
 
 def owners(argument: Argument) -> list[str]:
     """The known types that take ``argument``."""
-    return [name for name, router_type in _ROUTER_TYPES.items() if argument in router_type.arguments]
+    return [name for name in router_types() if name in _ROUTER_TYPES and argument in _ROUTER_TYPES[name].arguments]
 
 
 def all_arguments() -> tuple[Argument, ...]:
     """Of all known types: a type of yours is known once :func:`get_router_type` has had its name."""
-    return tuple(dict.fromkeys(argument for kind in _ROUTER_TYPES.values() for argument in kind.arguments))
+    kinds = (_ROUTER_TYPES[name] for name in sorted(_ROUTER_TYPES, key=lambda name: (name != LINEAR, name)))
+    return tuple(dict.fromkeys(argument for kind in kinds for argument in kind.arguments))
 
 
 def _installed() -> dict[str, str]:
@@ -148,9 +150,12 @@ def _imported(name: str, place: str) -> object:
         sys.path.append(os.getcwd())
     try:
         found: object = importlib.import_module(module)
-    except Exception as error:  # whatever somebody's module raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"router type {name!r}: cannot import {module!r} ({reason}); is it on PYTHONPATH?") from error
+    except Exception as error:  # whatever somebody's module raises; it is raised again, in one line with its place
+        *_, last = traceback.extract_tb(error.__traceback__)
+        inside = f" at {last.filename}:{last.lineno}" if not last.filename.startswith("<") else ""
+        reason = f"{type(error).__name__}: {error}".splitlines()[0] + inside
+        ask = "; is it on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"router type {name!r}: cannot import {module!r} ({reason}){ask}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"router type {name!r}: {module} has no {attribute}")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rmoe_megablocks import megablocks as rmoe
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.routing import INIT, RNN_INIT, RoutingConfig, get_router_type, router_types
-from rmoe_megablocks.routing.implementation import IMPL
+from rmoe_megablocks.routing.parts.implementation import IMPL
 from tests.megablocks import dense
 from tests.megablocks.test_recurrent_layers import HIDDEN, arguments
 

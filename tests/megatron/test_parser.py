@@ -7,7 +7,8 @@ import pytest
 from rmoe_megablocks.command_line import program_arguments
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.launcher.config import REPOSITORY, load_config, merge, to_argv
-from rmoe_megablocks.megatron import argument_help, arguments, parser
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.command_line import help_text, parser
 from rmoe_megablocks.yaml12 import write
 
 
@@ -140,4 +141,4 @@ def test_megatrons_modules_that_parse_once_more_find_the_merged_arguments():
 
 def test_the_launchers_help_is_that_of_the_parser():
     page = (REPOSITORY / "rmoe_megablocks" / "launcher" / "arguments_help.txt").read_text()
-    assert page == argument_help.own(), "write it anew: see rmoe_megablocks/megatron/argument_help.py"
+    assert page == help_text.own(), "write it anew: see rmoe_megablocks/megatron/command_line/help_text.py"

@@ -20,7 +20,7 @@ from rmoe_megablocks.routing import (
     register,
     registry,
 )
-from rmoe_megablocks.routing.recurrent import STATE_SIZE, RecurrentLayer
+from rmoe_megablocks.routing.parts.recurrent import STATE_SIZE, RecurrentLayer
 from tests.planning.built import arguments
 from tests.routing.built import config_of
 

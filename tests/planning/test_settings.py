@@ -3,8 +3,8 @@
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import parser
 from rmoe_megablocks.megatron.arguments import add_run_arguments
+from rmoe_megablocks.megatron.command_line import parser
 from rmoe_megablocks.planning import options, read_settings
 
 SIZES = (

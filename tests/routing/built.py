@@ -3,7 +3,7 @@
 import torch
 
 from rmoe_megablocks.routing import BIAS, INIT, RNN_INIT, STATE_SIZE, RouterLayer, RoutingConfig, get_router_type
-from rmoe_megablocks.routing.implementation import IMPL
+from rmoe_megablocks.routing.parts.implementation import IMPL
 
 OPTIONS = {"state_size": STATE_SIZE, "bias": BIAS, "rnn_init": RNN_INIT, "layer_init": INIT, "impl": IMPL}
 

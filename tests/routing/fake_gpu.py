@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing import RoutingConfig, get_router_type
-from rmoe_megablocks.routing.implementation import CHOICES
+from rmoe_megablocks.routing.parts.implementation import CHOICES
 
 BF16, FP32 = torch.bfloat16, torch.float32
 T, H, P, E = 6, 20, 8, 4

@@ -10,8 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmoe_megablocks.planning.counts.routing import measure
-from rmoe_megablocks.routing import RoutingConfig, get_router_type, implementation
-from rmoe_megablocks.routing.implementation import AUTO, EAGER, RECOMPUTE, TRITON, chosen
+from rmoe_megablocks.routing import RoutingConfig, get_router_type
+from rmoe_megablocks.routing.parts import implementation
+from rmoe_megablocks.routing.parts.implementation import AUTO, EAGER, RECOMPUTE, TRITON, chosen
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from rmoe_megablocks.routing.null_experts import SCORE_FUNCTIONS, balanced_choices, expected_real_experts, real_weights
+from rmoe_megablocks.routing.parts.null_experts import (
+    SCORE_FUNCTIONS,
+    balanced_choices,
+    expected_real_experts,
+    real_weights,
+)
 
 T, E, M, K = 40, 4, 3, 3
 SCORES = {"softmax": math.exp, "sigmoid": lambda logit: 1 / (1 + math.exp(-logit))}

@@ -74,7 +74,7 @@ def test_what_the_seam_cannot_use(kind):
         ("math:Router", "math has no Router"),
         ("math:pi", "3.14159.* is no subclass"),
         (":Router", "cannot import ''"),
-        ("tests.routing.raises_at_import:Router", "(ZeroDivisionError: division by zero); is it on PYTHONPATH?"),
+        ("tests.routing.raises_at_import:Router", "(ZeroDivisionError: division by zero at "),
     ],
 )
 def test_ones_own_that_cannot_be_used(name, said):

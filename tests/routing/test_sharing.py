@@ -16,7 +16,7 @@ from rmoe_megablocks.routing import (
     RoutingConfig,
     get_router_type,
 )
-from rmoe_megablocks.routing.heads import TEMPERATURE, XMOE_SIZE
+from rmoe_megablocks.routing.parts.heads import TEMPERATURE, XMOE_SIZE
 
 T, H, P, E, LAYERS = 5, 7, 4, 4, 5
 DOUBLE = torch.float64

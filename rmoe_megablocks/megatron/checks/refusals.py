@@ -5,12 +5,13 @@ import importlib.util
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, router_arguments
+from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checks import unproven
+from rmoe_megablocks.megatron.command_line import router_arguments
 from rmoe_megablocks.megatron.experts import backend
 from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.routing import FAN_IN
-from rmoe_megablocks.routing.implementation import TRITON
+from rmoe_megablocks.routing.parts.implementation import TRITON
 
 
 def installed(module: str) -> bool:

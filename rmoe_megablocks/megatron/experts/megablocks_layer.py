@@ -5,18 +5,15 @@ top-k, balancing and z losses, padding masks, metrics, shared experts and recomp
 layer, for every router type; token dispatcher and experts are replaced.
 """
 
-import dataclasses
-from functools import partial
-
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from torch import Tensor
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.experts.megablocks_experts import MegaBlocksExperts
 from rmoe_megablocks.megatron.null_experts import options as null_experts
+from rmoe_megablocks.megatron.recurrence import specs
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer
 
 
@@ -67,24 +64,13 @@ _LAYERS = {MoELayer: MegaBlocksMoELayer, RecurrentMoELayer: RecurrentMegaBlocksM
 def use_megablocks(model_config: GPTModelConfig) -> None:
     """Makes ``model_config`` build its MoE layers, whatever the router, with MegaBlocks' experts. Changed in place."""
     block_spec = model_config.transformer_layer_spec or default_layer_spec
-    model_config.transformer_layer_spec = partial(megablocks_block_spec, block_spec=block_spec)
-
-
-def megablocks_block_spec(
-    model_config: GPTModelConfig, vp_stage: int | None = None, *, block_spec=default_layer_spec
-) -> TransformerBlockSubmodules:
-    """The layer specs that ``block_spec`` makes for this stage, with MegaBlocks' experts in their MoE layers."""
-    block = block_spec(model_config, vp_stage)
-    return dataclasses.replace(block, layer_specs=[_with_megablocks(spec) for spec in block.layer_specs])
+    model_config.transformer_layer_spec = specs.changed(_with_megablocks, block_spec)
 
 
 def _with_megablocks(spec: ModuleSpec) -> ModuleSpec:
-    mlp = spec.submodules.mlp
-    layer = getattr(mlp, "func", None)
-    if layer not in _LAYERS:
-        if isinstance(layer, type) and issubclass(layer, MoELayer):
-            raise UsageError(f"--moe-backend megablocks: MoE layers of type {layer.__name__} have experts of their own")
+    layer = specs.moe_layer(spec)
+    if layer is None:
         return spec  # a dense layer
-    moe = dataclasses.replace(mlp.keywords["submodules"], experts=MegaBlocksExperts)
-    mlp = partial(_LAYERS[layer], **{**mlp.keywords, "submodules": moe})
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))
+    if layer not in _LAYERS:
+        raise UsageError(f"--moe-backend megablocks: MoE layers of type {layer.__name__} have experts of their own")
+    return specs.with_moe(spec, _LAYERS[layer], experts=MegaBlocksExperts)

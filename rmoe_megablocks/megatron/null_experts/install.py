@@ -1,14 +1,10 @@
 """Puts null experts into a Megatron model that is about to be built, whatever its router."""
 
 import argparse
-import dataclasses
-from functools import partial
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
@@ -16,14 +12,15 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.null_experts.dispatch import VaryingAlltoAllTokenDispatcher
 from rmoe_megablocks.megatron.null_experts.options import OPTION
 from rmoe_megablocks.megatron.null_experts.router import WITH_NULL_EXPERTS, NullExperts
-from rmoe_megablocks.routing.null_experts import expected_real_experts
+from rmoe_megablocks.megatron.recurrence import specs
+from rmoe_megablocks.routing.parts.null_experts import expected_real_experts
 
 
 def install_null_experts(model_config: GPTModelConfig, args: argparse.Namespace) -> None:
     """Makes ``model_config``, its router chosen, build routers with null experts. Changed in place."""
     model_config.transformer.moe_null_experts = args.moe_null_experts
     block_spec = model_config.transformer_layer_spec or default_layer_spec
-    model_config.transformer_layer_spec = partial(null_experts_block_spec, block_spec=block_spec)
+    model_config.transformer_layer_spec = specs.changed(_with_null_experts, block_spec)
     model_config.pre_wrap_hooks.append(_check_routers)
     megatron_hooks.use_alltoall_dispatcher(VaryingAlltoAllTokenDispatcher)
     megatron_hooks.count_experts(_expected_topk)
@@ -37,25 +34,14 @@ def _expected_topk(args: argparse.Namespace) -> float:
     return expected_real_experts(args.moe_router_topk, args.num_experts, null_experts)
 
 
-def null_experts_block_spec(
-    model_config: GPTModelConfig, vp_stage: int | None = None, *, block_spec=default_layer_spec
-) -> TransformerBlockSubmodules:
-    """The layer specs that ``block_spec`` makes for this stage, with null experts in their routers."""
-    block = block_spec(model_config, vp_stage)
-    return dataclasses.replace(block, layer_specs=[_with_null_experts(spec) for spec in block.layer_specs])
-
-
 def _with_null_experts(spec: ModuleSpec) -> ModuleSpec:
-    mlp = getattr(spec.submodules, "mlp", None)
-    layer = getattr(mlp, "func", None)
-    if not (isinstance(layer, type) and issubclass(layer, MoELayer)):
+    layer = specs.moe_layer(spec)
+    if layer is None:
         return spec  # a dense layer
-    moe = mlp.keywords["submodules"]
-    if moe.router not in WITH_NULL_EXPERTS:
-        raise UsageError(f"{OPTION}: a {moe.router.__name__} cannot have null experts; leave it out")
-    moe = dataclasses.replace(moe, router=WITH_NULL_EXPERTS[moe.router])
-    mlp = partial(layer, **{**mlp.keywords, "submodules": moe})
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))
+    router = specs.moe_part(spec, "router")
+    if router not in WITH_NULL_EXPERTS:
+        raise UsageError(f"{OPTION}: a {router.__name__} cannot have null experts; leave it out")
+    return specs.with_moe(spec, layer, router=WITH_NULL_EXPERTS[router])
 
 
 def _check_routers(chunks: list[GPTModel]) -> list[GPTModel]:

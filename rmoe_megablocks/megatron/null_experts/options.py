@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing.null_experts import SCORE_FUNCTIONS, expected_real_experts
+from rmoe_megablocks.routing.parts.null_experts import SCORE_FUNCTIONS, expected_real_experts
 
 OPTION = "--moe-null-experts"
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
-from rmoe_megablocks.routing.null_experts import balanced_choices, real_weights
+from rmoe_megablocks.routing.parts.null_experts import balanced_choices, real_weights
 
 
 class NullExperts(TopKRouter):

@@ -7,17 +7,17 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from megatron.training.models.gpt import GPTModelConfig
 
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import balancing, router_arguments
+from rmoe_megablocks.megatron import balancing
 from rmoe_megablocks.megatron.checkpoints import upcycling
+from rmoe_megablocks.megatron.command_line import router_arguments
 from rmoe_megablocks.megatron.experts.backend import MEGABLOCKS
 from rmoe_megablocks.megatron.null_experts.install import install_null_experts
-from rmoe_megablocks.megatron.recurrence import stage_boundary
+from rmoe_megablocks.megatron.recurrence import specs, stage_boundary
 from rmoe_megablocks.megatron.recurrence.layer import RecurrentMoELayer, RecurrentTransformerLayer
 from rmoe_megablocks.megatron.recurrence.router import FanInTopKRouter, RecurrentTopKRouter
 from rmoe_megablocks.megatron.recurrence.shared import SharedRecurrence
@@ -55,7 +55,7 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
     config.routing = router_arguments.routing_config(args, config.init_method)
     config.router_state_size = router_type.state_size(config.routing)
     config.has_cond_embedder = True  # finalize_model_grads sums the gradients of SharedRecurrence over stages
-    model_config.transformer_layer_spec = recurrent_block_spec
+    model_config.transformer_layer_spec = specs.changed(_recurrent_layer_spec)
     model_config.pre_wrap_hooks.append(partial(connect_stages, seed=args.seed))
     if args.moe_router_upcycle:
         model_config.pre_wrap_hooks.append(partial(upcycling.keep_fresh_routing, args=args))
@@ -64,25 +64,15 @@ def _install_recurrence(model_config: GPTModelConfig, args, router_type: RouterT
 
 
 def _install_fan_in(model_config: GPTModelConfig) -> None:
-    model_config.transformer_layer_spec = fan_in_block_spec
+    model_config.transformer_layer_spec = specs.changed(_fan_in_layer_spec)
     model_config.pre_wrap_hooks.append(_check_fan_in)
     model_config.transformer.moe_router_init = FAN_IN
     megatron_hooks.change_mtp_layers(_mtp_layer_spec)
 
 
-def fan_in_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's own layer specs of this stage with a linear router that is drawn by its inputs' number."""
-    block = default_layer_spec(model_config, vp_stage)
-    return dataclasses.replace(block, layer_specs=[_fan_in_layer_spec(spec) for spec in block.layer_specs])
-
-
 def _fan_in_layer_spec(spec: ModuleSpec) -> ModuleSpec:
-    mlp = getattr(spec.submodules, "mlp", None)
-    if getattr(mlp, "func", None) is not MoELayer:
-        return spec
-    moe = dataclasses.replace(mlp.keywords["submodules"], router=FanInTopKRouter)
-    mlp = partial(MoELayer, **{**mlp.keywords, "submodules": moe})
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=mlp))
+    """A linear router that is drawn by its inputs' number."""
+    return specs.with_moe(spec, MoELayer, router=FanInTopKRouter) if specs.moe_layer(spec) is MoELayer else spec
 
 
 def _check_fan_in(chunks: list[GPTModel]) -> list[GPTModel]:
@@ -91,12 +81,6 @@ def _check_fan_in(chunks: list[GPTModel]) -> list[GPTModel]:
         if isinstance(module, TopKRouter) and not isinstance(module, FanInTopKRouter):
             raise UsageError(f"--moe-router-init {FAN_IN}: a {type(module).__name__} cannot be drawn so; leave it out")
     return chunks
-
-
-def recurrent_block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's own layer specs of this stage with our layer, MoE layer and router in their places."""
-    block = default_layer_spec(model_config, vp_stage)
-    return dataclasses.replace(block, layer_specs=[_recurrent_layer_spec(spec) for spec in block.layer_specs])
 
 
 def _mtp_layer_spec(model_config: GPTModelConfig, spec: ModuleSpec) -> ModuleSpec:
@@ -111,13 +95,12 @@ def _mtp_layer_spec(model_config: GPTModelConfig, spec: ModuleSpec) -> ModuleSpe
 
 
 def _recurrent_layer_spec(spec: ModuleSpec) -> ModuleSpec:
+    """Our layer, MoE layer and router in the places of Megatron's."""
     if spec.module is not TransformerLayer:
         raise UsageError(f"--moe-router-type: layers of type {spec.module.__name__} cannot hand on a routing state")
-    submodules = spec.submodules
-    if getattr(submodules.mlp, "func", None) is MoELayer:
-        moe = dataclasses.replace(submodules.mlp.keywords["submodules"], router=RecurrentTopKRouter)
-        submodules = dataclasses.replace(submodules, mlp=partial(RecurrentMoELayer, submodules=moe))
-    return dataclasses.replace(spec, module=RecurrentTransformerLayer, submodules=submodules)
+    if specs.moe_layer(spec) is MoELayer:
+        spec = specs.with_moe(spec, RecurrentMoELayer, router=RecurrentTopKRouter)
+    return dataclasses.replace(spec, module=RecurrentTransformerLayer)
 
 
 def connect_stages(chunks: list[GPTModel], seed: int) -> list[GPTModel]:

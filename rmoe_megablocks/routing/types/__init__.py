@@ -1,15 +1,7 @@
-"""One file a router type; a new one is imported here."""
+"""One file a router type, in the rooms of those with and without a state. A file that lies here is a type."""
 
-from rmoe_megablocks.routing.types import (  # noqa: F401  each registers its types
-    cosine,
-    eda,
-    gru,
-    hyper,
-    lstm,
-    mlp,
-    omni,
-    product_key,
-    random,
-    rnn,
-    xmoe,
-)
+import importlib
+import pkgutil
+
+for _module in pkgutil.walk_packages(__path__, __name__ + "."):
+    importlib.import_module(_module.name)  # which registers it

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron import arguments, parser
+from rmoe_megablocks.megatron import arguments
 from rmoe_megablocks.megatron.checks import companions
+from rmoe_megablocks.megatron.command_line import parser
 from tests.distributed.arguments import BASE
 
 

@@ -2,14 +2,15 @@
 
 That text is a file, because making it takes the seconds in which Megatron is imported::
 
-    python -m rmoe_megablocks.megatron.argument_help rmoe_megablocks/launcher/arguments_help.txt
+    python -m rmoe_megablocks.megatron.command_line.help_text rmoe_megablocks/launcher/arguments_help.txt
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from rmoe_megablocks.megatron import arguments, parser
+from rmoe_megablocks.megatron import arguments
+from rmoe_megablocks.megatron.command_line import parser
 
 
 def own() -> str:

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import draw
 from rmoe_megablocks.routing.layer import RouterLayer
+from rmoe_megablocks.routing.parts.initialisation import draw
+from rmoe_megablocks.routing.parts.shared import SharedRouting
 from rmoe_megablocks.routing.registry import register
-from rmoe_megablocks.routing.shared import SharedRouting
 
 
 class SharedMatrix(SharedRouting):

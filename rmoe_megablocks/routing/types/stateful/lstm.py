@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.recurrent import STATE_SIZE, RecurrentLayer, SharedCell
+from rmoe_megablocks.routing.parts.recurrent import STATE_SIZE, RecurrentLayer, SharedCell
 from rmoe_megablocks.routing.registry import register
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing.arguments import Argument, above_zero, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import draw
 from rmoe_megablocks.routing.layer import RouterLayer
-from rmoe_megablocks.routing.shared import Shareable
+from rmoe_megablocks.routing.parts.initialisation import draw
+from rmoe_megablocks.routing.parts.shared import Shareable
 
 TEMPERATURE = Argument(
     "--moe-router-temperature",

@@ -1,6 +1,6 @@
-"""The head ``xmoe`` on hidden states: see :mod:`rmoe_megablocks.routing.heads`."""
+"""The head ``xmoe`` on hidden states: see :mod:`rmoe_megablocks.routing.parts.heads`."""
 
-from rmoe_megablocks.routing.heads import TEMPERATURE, XMOE_SIZE, HeadLayer, XMoEHead
+from rmoe_megablocks.routing.parts.heads import TEMPERATURE, XMOE_SIZE, HeadLayer, XMoEHead
 from rmoe_megablocks.routing.registry import register
 
 

@@ -1,6 +1,6 @@
-"""The head ``cosine`` on hidden states: see :mod:`rmoe_megablocks.routing.heads`."""
+"""The head ``cosine`` on hidden states: see :mod:`rmoe_megablocks.routing.parts.heads`."""
 
-from rmoe_megablocks.routing.heads import TEMPERATURE, CosineHead, HeadLayer
+from rmoe_megablocks.routing.parts.heads import TEMPERATURE, CosineHead, HeadLayer
 from rmoe_megablocks.routing.registry import register
 
 

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from rmoe_megablocks.routing.arguments import Argument, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import fan_in_
 from rmoe_megablocks.routing.layer import RouterLayer
+from rmoe_megablocks.routing.parts.initialisation import fan_in_
 from rmoe_megablocks.routing.registry import register
 
 WIDTH = Argument(

@@ -1,6 +1,6 @@
-"""The head ``product_key`` on hidden states: see :mod:`rmoe_megablocks.routing.heads`."""
+"""The head ``product_key`` on hidden states: see :mod:`rmoe_megablocks.routing.parts.heads`."""
 
-from rmoe_megablocks.routing.heads import HeadLayer, ProductKeyHead
+from rmoe_megablocks.routing.parts.heads import HeadLayer, ProductKeyHead
 from rmoe_megablocks.routing.registry import register
 
 

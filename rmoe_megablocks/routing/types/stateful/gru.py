@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rmoe_megablocks.kernels import gru_route, gru_step
-from rmoe_megablocks.routing.implementation import EAGER, IMPL, RECOMPUTE, TRITON, chosen
-from rmoe_megablocks.routing.recurrent import STATE_SIZE, RecurrentLayer, SharedCell
+from rmoe_megablocks.routing.parts.implementation import EAGER, IMPL, RECOMPUTE, TRITON, chosen
+from rmoe_megablocks.routing.parts.recurrent import STATE_SIZE, RecurrentLayer, SharedCell
 from rmoe_megablocks.routing.registry import register
 
 

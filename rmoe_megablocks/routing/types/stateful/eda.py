@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from rmoe_megablocks.kernels import linear_in_dtype
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.initialisation import draw
 from rmoe_megablocks.routing.layer import RECURRENCE, RouterLayer
-from rmoe_megablocks.routing.recurrent import STATE_SIZE
+from rmoe_megablocks.routing.parts.initialisation import draw
+from rmoe_megablocks.routing.parts.recurrent import STATE_SIZE
 from rmoe_megablocks.routing.registry import register
 
 _EPSILON = 1e-5

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from rmoe_megablocks.kernels import LARGEST_SIZE, linear_in_dtype
 from rmoe_megablocks.routing.arguments import Argument, at_least
 from rmoe_megablocks.routing.config import RoutingConfig
-from rmoe_megablocks.routing.heads import HEADS, TEMPERATURE, XMOE_SIZE, Linear, check_head
-from rmoe_megablocks.routing.implementation import AUTO, EAGER, IMPL, TRITON
 from rmoe_megablocks.routing.layer import RECURRENCE, RouterLayer
-from rmoe_megablocks.routing.shared import SharedRouting
-from rmoe_megablocks.routing.sharing import SHARE_HEAD, SHARE_PROJECTOR, Blocks, check_blocks, is_shared
+from rmoe_megablocks.routing.parts.heads import HEADS, TEMPERATURE, XMOE_SIZE, Linear, check_head
+from rmoe_megablocks.routing.parts.implementation import AUTO, EAGER, IMPL, TRITON
+from rmoe_megablocks.routing.parts.shared import SharedRouting
+from rmoe_megablocks.routing.parts.sharing import SHARE_HEAD, SHARE_PROJECTOR, Blocks, check_blocks, is_shared
 
 STATE_SIZE = Argument(
     "--moe-router-rnn-hidden-size",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmoe_megablocks.routing.recurrent import RecurrentLayer, SharedCell
+from rmoe_megablocks.routing.parts.recurrent import RecurrentLayer, SharedCell
 from rmoe_megablocks.routing.registry import register
 
 

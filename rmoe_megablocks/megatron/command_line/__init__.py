@@ -1,0 +1,1 @@
+"""Megatron's command line with ours: its parser, the arguments that router types declare, help texts."""

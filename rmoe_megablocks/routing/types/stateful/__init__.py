@@ -1,0 +1,1 @@
+"""Types that carry a state from layer to layer."""

@@ -1,0 +1,1 @@
+"""Types that route every layer by its hidden states alone."""
