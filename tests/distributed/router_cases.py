@@ -43,7 +43,8 @@ _WEIGHT_DECAY = ["--weight-decay", "0.1"]
 
 
 def is_always_run(router: str, column: str) -> bool:
-    """Whether a cell belongs to every test run: two stages for every type, and what the rest is most likely to miss."""
+    """Whether a cell belongs to every test run: two stages for types that have more than matrices of each layer, and
+    what the rest is most likely to miss."""
     always = {
         RESUMED: ("hyper", "lstm"),
         "DP2 distributed optimizer, overlaps": ("eda", "omni"),
@@ -53,7 +54,9 @@ def is_always_run(router: str, column: str) -> bool:
         "DP2 distributed optimizer, overlaps, weight decay, bf16": ("hyper",),
     }
     if column == "PP2":
-        return not ROUTERS[router].chosen or router in _ALWAYS_MODIFIED
+        kind = ROUTERS[router]
+        more = kind.gives_gradients_back or kind.shares or bool(kind.frozen)
+        return (more and not kind.chosen) or router in _ALWAYS_MODIFIED
     return router in always.get(column, ())
 
 
