@@ -158,6 +158,11 @@ def check_arguments(args: megablocks.Arguments, dropless: bool) -> None:
             "router: leave it out, and for torch.nn.Linear's initialisation call layer.router.layer.reset_parameters()"
         )
     residual = router_type(args).replaces_hosts and routing_config(args)[RESIDUAL]
+    if residual and not args.moe_normalize_expert_weights:
+        raise UsageError(
+            f"{RESIDUAL.dest} needs moe_normalize_expert_weights: weights would be scores over the sum of all, which "
+            "grows from layer to layer"
+        )
     if residual and args.moe_zloss_weight:
         raise UsageError(
             f"{RESIDUAL.dest} does not work with moe_zloss_weight: the z-loss of logarithms of scores is a constant; "

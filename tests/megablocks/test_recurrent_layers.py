@@ -264,6 +264,10 @@ def test_fan_in_draws_by_the_inputs_and_its_cure_for_linear_does_too():
         ({"moe_router_options": {"moe_router_rnn_bias": True}}, "rnn_bias is a field of Arguments, set it there"),
         ({"moe_router_options": None}, "moe_router_options must be a dictionary of names and values, got None"),
         ({"moe_router_options": {"moe_router_recurrence": "some"}}, "must be one of full, detach, none, got 'some'"),
+        (
+            {"moe_router_options": {"moe_router_residual": 1.0}, "moe_normalize_expert_weights": None},
+            "moe_router_residual needs moe_normalize_expert_weights",
+        ),
         ({"moe_router_options": {"moe_router_residual": -1}}, "residual must be a number of at least 0, got -1.0"),
         ({"moe_router_options": {"moe_router_residual": "1"}}, "residual must be a number, got '1'"),
         ({"moe_router_options": {"moe_router_share_head": "4"}}, "share-head 4: the model has 3 layers, use all"),

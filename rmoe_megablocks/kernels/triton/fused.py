@@ -45,6 +45,17 @@ def _product(high, low, w, total, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _parts(tile_ptr, mask, w_ptr, SPLIT: tl.constexpr):
+    """A tile in the weights' dtype, and what that leaves of fp32 (with SPLIT)."""
+    v = tl.load(tile_ptr, mask=mask, other=0.0)
+    high = v.to(w_ptr.dtype.element_ty)
+    low = high
+    if SPLIT:
+        low = (v - high.to(tl.float32)).to(w_ptr.dtype.element_ty)
+    return high, low
+
+
+@triton.jit
 def _preactivations(
     x_high, x_low, h_high, h_low, w_ih_ptr, w_hh_ptr, b_ih_ptr, b_hh_ptr, k, col,
     P: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_H: tl.constexpr, SPLIT: tl.constexpr,
@@ -78,18 +89,10 @@ def forward(
     tile_mask = (row[:, None] < T) & (k[None, :] < P)
     w_type = w_ih_ptr.dtype.element_ty
 
-    x = tl.load(x_ptr + tile, mask=tile_mask, other=0.0)
-    x_high = x.to(w_type)
-    x_low = x_high
-    if SPLIT:
-        x_low = (x - x_high.to(tl.float32)).to(w_type)
-    h_high = x_high
-    h_low = x_high
+    x_high, x_low = _parts(x_ptr + tile, tile_mask, w_ih_ptr, SPLIT)
+    h_high, h_low = x_high, x_low
     if HAS_H:
-        h = tl.load(h_ptr + tile, mask=tile_mask, other=0.0)
-        h_high = h.to(w_type)
-        if SPLIT:
-            h_low = (h - h_high.to(tl.float32)).to(w_type)
+        h_high, h_low = _parts(h_ptr + tile, tile_mask, w_ih_ptr, SPLIT)
 
     e = tl.arange(0, BE)
     logits = tl.zeros((BT, BE), dtype=tl.float32)
@@ -173,20 +176,13 @@ def backward(
     k = tl.arange(0, BP)
     tile = row[:, None] * P + k[None, :]
     tile_mask = (row[:, None] < T) & (k[None, :] < P)
-    w_type = w_ih_ptr.dtype.element_ty
-    x = tl.load(x_ptr + tile, mask=tile_mask, other=0.0)
-    x_high = x.to(w_type)
-    x_low = x_high
-    if SPLIT:
-        x_low = (x - x_high.to(tl.float32)).to(w_type)
-        tl.store(x_copy_ptr + tile, x_high, mask=tile_mask)
-    h_high = x_high
-    h_low = x_high
+    x_high, x_low = _parts(x_ptr + tile, tile_mask, w_ih_ptr, SPLIT)
+    h_high, h_low = x_high, x_low
     if HAS_H:
-        h = tl.load(h_ptr + tile, mask=tile_mask, other=0.0)
-        h_high = h.to(w_type)
-        if SPLIT:
-            h_low = (h - h_high.to(tl.float32)).to(w_type)
+        h_high, h_low = _parts(h_ptr + tile, tile_mask, w_ih_ptr, SPLIT)
+    if SPLIT:
+        tl.store(x_copy_ptr + tile, x_high, mask=tile_mask)
+        if HAS_H:
             tl.store(h_copy_ptr + tile, h_high, mask=tile_mask)
 
     for start in range(0, BP, BC):

@@ -153,7 +153,18 @@ def check(args: argparse.Namespace) -> None:
 
 def _check_residual(args: argparse.Namespace) -> None:
     """Refuses what scores that are sums of softmaxes, handed to the host as their logarithms, mean nothing to."""
+    kinds = args.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     for refused, option, why in (
+        *(
+            (kind in kinds, f"--moe-router-load-balancing-type {kind}", "it makes other scores of them; use aux_loss")
+            for kind in ("sinkhorn", "quantile_balancing")
+        ),
+        (
+            args.moe_router_pre_softmax,
+            "--moe-router-pre-softmax",
+            "weights would be scores over the sum of all, which grows from layer to layer; leave it out",
+        ),
         (
             args.moe_router_score_function != "softmax",
             f"--moe-router-score-function {args.moe_router_score_function}",

@@ -148,7 +148,7 @@ class _RouterWatch:
 
 @dataclasses.dataclass
 class _Table:
-    """Rows: embedding, every layer, what follows the layers, the shared recurrence; the same on every rank.
+    """Rows: embedding, every layer, what follows the layers, what layers share of the router; the same on every rank.
 
     Attributes:
         numbers: row -> column -> figure, NaN where one on any rank is.
@@ -191,13 +191,14 @@ class _Table:
         return cls(numbers, watch.names, any("mean |h|" in figures for figures in numbers))
 
     def _name(self, row: int) -> str:
-        return ["embedding", *self.names, "output", "recurrence"][row]
+        return ["embedding", *self.names, "output", "shared"][row]
 
     def lines(self) -> list[str]:
         """The table as text."""
         columns = ["max |logit|", *["mean |h|"] * self.recurrent, "|grad|", "|weight|"]
         lines = ["".join([f"{'':<12}", *(f"{column:>13}" for column in columns), "  weights"])]
-        rows = range(len(self.names) + 2 + self.recurrent)
+        shares = bool(self.numbers[-1]["|weight|"])
+        rows = range(len(self.names) + 2 + shares)
         for row in rows:
             figures = self.numbers[row]
             cells = [f"{figures[column]:>13.4g}" if column in figures else f"{'-':>13}" for column in columns]

@@ -51,7 +51,7 @@ def test_a_weight_on_the_first_stage(tmp_path):
     assert output.count("iteration 3: the loss of micro-batch 1 is nan (rank 1)") == 1, output[-3000:]
     assert "first place: layer 2, whose weights are not finite" in output
     rows = table(output)
-    assert list(rows) == ["embedding", "layer 1", "layer 2", "layer 3", "layer 4", "output", "recurrence"]
+    assert list(rows) == ["embedding", "layer 1", "layer 2", "layer 3", "layer 4", "output", "shared"]
     logit, state, _, weight, finite = rows["layer 1"]
     assert float(logit) > 0 and 0 < float(state) < 4 and float(weight) > 0 and finite == "finite"
     assert rows["layer 2"] == ["nan", "nan", "nan", "nan", "1", "not", "finite"]

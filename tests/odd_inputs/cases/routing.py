@@ -79,6 +79,11 @@ CASES = [
     refused("--moe-router-residual nan", "--moe-router-residual.* must be a number of at least 0, got nan"),
     refused("--moe-router-head xmoe --moe-router-temperature 0", "--moe-router-temperature.*above 0, got 0"),
     refused("--moe-router-residual 1 --moe-z-loss-coeff 0.1", "residual does not work with --moe-z-loss-coeff"),
+    refused("--moe-router-residual 1 --moe-router-pre-softmax", "residual does not work with --moe-router-pre-softmax"),
+    refused(
+        "--moe-router-residual 1 --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0",
+        "--moe-router-residual does not work with --moe-router-load-balancing-type sinkhorn",
+    ),
     refused(
         "--moe-router-residual 1 --moe-router-score-function sigmoid",
         "--moe-router-residual does not work with --moe-router-score-function sigmoid",
