@@ -62,8 +62,8 @@ def _flops(plan: Plan) -> Rows:
         ("recomputed", f"{found.recomputed / 1e6:,.1f}", f"{100 * found.recomputed / found.forward:.2f} %"),
     ]
     if plan.settings.null_experts:
-        experts = f"{plan.settings.expected_experts:.3g} of {plan.settings.topk} experts, expected"
-        rows.append((f"saved by null experts ({experts})", f"{found.saved / 1e6:,.1f}", _share(found)))
+        experts = f"{plan.settings.expected_experts:.3g} of {plan.settings.topk} expected"
+        rows.append((f"null experts save ({experts})", f"{found.saved / 1e6:,.1f}", _share(found)))
     if tokens:
         rows.append((f"a step of {tokens:,} tokens", f"{step / 1e15:,.2f} PFLOP", ""))
     return rows

@@ -48,7 +48,7 @@ def test_what_is_told():
     told = plan.as_dict()
     assert told["experts_per_token"] == {"expected_when_balanced": 1.0, "at_most": K}
     assert told["flops_per_token"]["saved_by_null_experts_forward"] == plan.flops.saved > 0
-    assert "saved by null experts (1 of 4 experts, expected)" in text(plan, "model")
+    assert "null experts save (1 of 4 expected)" in text(plan, "model")
     assert any("is an expectation, for balanced routing" in line for line in plan.warnings)
     plain = make_plan(replace(null, null_experts=0), 2, 80)
     assert "null" not in text(plain, "model") and "experts_per_token" not in plain.as_dict()
