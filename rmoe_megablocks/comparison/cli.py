@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
@@ -40,31 +41,49 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--out", type=Path, metavar="DIR", help="folder for comparison.md, .csv, runs.csv, curves.png and .svg")
 
 
+def missing_libraries() -> list[str]:
+    """What a comparison needs and is not installed."""
+    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the tables and warnings, and leaves files in --out. Raises UsageError with one line for bad input."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_libraries():
         raise UsageError(f"compare needs {', '.join(missing)}: pip install 'rmoe-megablocks[compare]'")
-    from rmoe_megablocks.comparison import figures, groups, report, runs
+    from rmoe_megablocks.comparison import groups, runs
 
     found = runs.find_runs(args.runs)
     dests = groups.dests_of(args.by, found) if args.by else groups.differing(found)
     of_label = groups.grouped(found, dests)
-    baseline = _baseline(args.baseline, list(of_label))
+    return _show(of_label, dests, _baseline(args.baseline, list(of_label)), args.x, args.out)
+
+
+def show(folders: Mapping[str, Sequence[Path]], baseline: str, out: Path) -> int:
+    """The same for runs whose labels are known, as those of a study; nothing they differ in is a surprise."""
+    from rmoe_megablocks.comparison import groups, runs
+
+    of_label = {label: [runs.read_run(folder) for folder in places] for label, places in folders.items()}
+    dests = groups.differing([run for group in of_label.values() for run in group])
+    return _show(of_label, dests, baseline, "iteration", out)
+
+
+def _show(of_label: dict, dests: Sequence[str], baseline: str, axis: str, out: Path | None) -> int:
+    from rmoe_megablocks.comparison import figures, groups, report
+
     of_label = {baseline: of_label.pop(baseline), **of_label}
-    metrics = report.metrics_of(found)
-    if args.out:
-        _make(args.out)
+    metrics = report.metrics_of([run for group in of_label.values() for run in group])
+    if out:
+        _make(out)
     results = report.results(of_label, baseline, metrics)
     costs, unplanned = report.costs(of_label, baseline)
     text = report.markdown(results, costs, baseline, metrics, [*groups.warnings(of_label, dests), *unplanned])
     print(text, end="")
-    if args.out:
-        (args.out / "comparison.md").write_text(text)
-        results.merge(costs, on="group").to_csv(args.out / "comparison.csv", index=False)
-        report.of_runs(of_label, metrics).to_csv(args.out / "runs.csv", index=False)
-        figures.draw(figures.curves(of_label, args.x), args.x, args.out / "curves")
-        print(f"{args.out}: comparison.md, comparison.csv, runs.csv, curves.png, curves.svg", file=sys.stderr)
+    if out:
+        (out / "comparison.md").write_text(text)
+        results.merge(costs, on="group").to_csv(out / "comparison.csv", index=False)
+        report.of_runs(of_label, metrics).to_csv(out / "runs.csv", index=False)
+        figures.draw(figures.curves(of_label, axis), axis, out / "curves")
+        print(f"{out}: comparison.md, comparison.csv, runs.csv, curves.png, curves.svg", file=sys.stderr)
     return 0
 
 
