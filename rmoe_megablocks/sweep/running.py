@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron.checkpoints.files import write_atomically
 from rmoe_megablocks.sweep.study import Planned
 
 RECORD = "sweep.json"  # in a run's folder once it is done: the words it was started with
@@ -110,7 +109,10 @@ def run_all(todo: Sequence[tuple[Planned, Sequence[str]]], runs_dir: Path, jobs:
 
 
 def _finish(run: Planned, words: Sequence[str], runs_dir: Path) -> None:
-    write_atomically(runs_dir / run.name / RECORD, json.dumps({"arguments": list(words)}, indent=2) + "\n")
+    record = runs_dir / run.name / RECORD
+    written = record.with_suffix(".new")
+    written.write_text(json.dumps({"arguments": list(words)}, indent=2) + "\n")
+    written.replace(record)
 
 
 @contextlib.contextmanager
