@@ -1,0 +1,1 @@
+"""What a router does: measures of recorded routing."""
