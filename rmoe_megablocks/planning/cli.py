@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmoe_megablocks.errors import UsageError
@@ -46,6 +47,12 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--world-size", type=int, metavar="N", help="ranks of the whole run (default: the configuration's)")
     add("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="ranks on one machine, with --nnodes")
     add("--nnodes", type=int, metavar="N", help="machines (default 1)")
+    add(
+        "--nodes", metavar="N", help="estimate the step time on N nodes, N,M,... or FIRST:LAST, each in its best layout"
+    )
+    add("--hardware", metavar="NAME", default="a100-80g", help="of --nodes: a100-80g or h100-80g, with figures of "
+        "one's own as h100-80g,network=25e9,compute=0.4 (default a100-80g)")  # fmt: skip
+    add("--figure", type=Path, metavar="FILE", help="of --nodes: also draw it, .png or .svg")
     add("--json", action="store_true", help="print everything as JSON, in bytes")
 
 
@@ -60,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if args.megatron_arguments and not args.megatron_arguments[0].startswith("--"):
         raise UsageError(f"{args.megatron_arguments[0]!r} is not an argument (expected --name value)")
     settings = read_settings(merge(to_argv(config.arguments), args.megatron_arguments, is_argument))
+    if args.nodes is not None:
+        from rmoe_megablocks.planning.scale import command
+
+        return command.run(args, path.stem, settings)
     plan = make_plan(settings, _world_size(args, config, settings), _gpu_memory(args, config))
     if args.json:
         json.dump({"config": str(path), **plan.as_dict()}, sys.stdout, indent=2)

@@ -96,7 +96,7 @@ def make_plan(settings: Settings, world_size: int, gpu_memory: float) -> Plan:
     ranks = max(1, world_size // (settings.tensor * settings.pipeline * settings.context))
     if not settings.global_batch_size:  # Megatron's default
         settings = replace(settings, global_batch_size=settings.micro_batch_size * ranks)
-    if wrong := _divisions(settings, world_size):
+    if wrong := divisions(settings, world_size):
         raise UsageError("; ".join(wrong))
     problems: list[str] = []
     found = memory.fullest(settings, world_size)
@@ -185,7 +185,7 @@ def _too_large(settings: Settings, found: memory.Memory, gpu_memory: float, larg
     return f"needs {need:.1f} GiB a rank of {have:.1f} usable ({gpu_memory:g} GiB): {remedy}"
 
 
-def _divisions(settings: Settings, world_size: int) -> list[str]:
+def divisions(settings: Settings, world_size: int) -> list[str]:
     """A line for each thing of the layout that does not divide, as Megatron's own checks would find it."""
     s, problems = settings, []
 

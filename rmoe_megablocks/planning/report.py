@@ -14,11 +14,11 @@ def text(plan: Plan, name: str) -> str:
     title = f"{name}: {plan.settings.router_type} router, {_layout(plan)}, {plan.gpu_memory:g} GiB a GPU"
     parts = [
         title,
-        _table(_parameters(plan)),
-        _table(_flops(plan)),
-        _table(_memory(plan)),
-        _table(_modes(plan)),
-        _table(_traffic(plan)),
+        table(_parameters(plan)),
+        table(_flops(plan)),
+        table(_memory(plan)),
+        table(_modes(plan)),
+        table(_traffic(plan)),
     ]
     parts += ["\n".join(f"warning: {line}" for line in plan.warnings)] if plan.warnings else []
     return "\n\n".join(parts)
@@ -118,7 +118,7 @@ def _gib(value: int) -> str:
     return f"{value / memory.GIB:,.3f}" if 0 < value < memory.GIB else f"{value / memory.GIB:,.2f}"
 
 
-def _table(rows: Rows) -> str:
+def table(rows: Rows) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
