@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one benchmark; its exit code: 2 for bad input, 1 for a result that is wrong."""
+    """Runs one benchmark; its exit code: 2 for bad input, 1 for a result that is wrong or could not be had."""
     from benchmarks.measuring.errors import WrongResult
 
     try:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table)
     if args.output:
         args.output.write_text(table + "\n")
-    return 0
+    return getattr(args, "status", 0)
 
 
 if __name__ == "__main__":

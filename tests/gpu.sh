@@ -49,7 +49,10 @@ export RMOE_NEEDS="pytest pytest-xdist"
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 
-name=$("$RMOE_PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || {
+name=$("$RMOE_PYTHON" -c '
+import sys, torch
+if not torch.cuda.is_available(): sys.exit(1)
+print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || {
     echo "rmoe: error: no CUDA GPU is visible" >&2
     exit 2
 }
@@ -72,13 +75,18 @@ for file in metadata.files("nvidia-cuda-sanitizer-api") or ():
 
 failed=0
 summary=()
+running=
+trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
 
 # part NAME SECONDS COMMAND...
 part() {
     local name=$1 limit=$2 status=0 start=$SECONDS word
     shift 2
     printf '\n== %s, at most %s s: %s\n' "$name" "$limit" "$*"
-    timeout --kill-after=5 "$limit" "$@" || status=$?
+    timeout --kill-after=5 "$limit" "$@" & # its own group of processes, which Ctrl-C does not reach
+    running=$!
+    wait "$running" || status=$?
+    running=
     case $status in
         0) word=passed ;;
         124 | 137) word="OUT OF TIME, more than $limit s" ;;
@@ -90,11 +98,11 @@ part() {
 
 workers=$(nproc)
 [ "$workers" -le 6 ] || workers=6
-# Most of the time is compiling kernels, which the sanitizer then finds in Triton's cache.
-part "gpu tests" 150 "$RMOE_PYTHON" -m pytest -m gpu --numprocesses "$workers" --dist worksteal
-part routing_step 130 "$RMOE_PYTHON" -m benchmarks routing_step --against released GRUCell compiled upcast \
-    --output "$folder/routing_step_$name.md" --csv "$folder/routing_step_$name.csv"
-part router_overhead 170 "$RMOE_PYTHON" -m benchmarks router_overhead --pairs "${RMOE_GPU_PAIRS:-200}" \
+# Together 550 seconds. Most of the tests' time is compiling kernels, which the sanitizer then finds in Triton's cache.
+part "gpu tests" 140 "$RMOE_PYTHON" -m pytest -m gpu --numprocesses "$workers" --dist worksteal
+part routing_step 120 "$RMOE_PYTHON" -m benchmarks routing_step --against released GRUCell compiled upcast \
+    --keep-going --output "$folder/routing_step_$name.md" --csv "$folder/routing_step_$name.csv"
+part router_overhead 160 "$RMOE_PYTHON" -m benchmarks router_overhead --pairs "${RMOE_GPU_PAIRS:-200}" \
     --output "$folder/router_overhead_$name.md"
 
 sanitizer=$(find_sanitizer) || true
@@ -106,7 +114,7 @@ if [ -n "$sanitizer" ]; then
     chosen="test_equals_the_equations and (65-24-5 or 1000-96-200 or 513-256-16 or 1-16-2 or 0-64-8)"
     for tool in memcheck racecheck; do
         # without torch's cache every tensor is an allocation of its own, whose ends memcheck knows
-        part "$tool" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" "${options[@]}" \
+        part "$tool" 65 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" "${options[@]}" \
             "$RMOE_PYTHON" -m pytest -x tests/kernels/test_triton_gpu.py -k "$chosen"
     done
 else

@@ -41,4 +41,5 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self.add(tensor)
-        return tensor
+        # a result that its own graph holds would never be freed; a leaf stays what it is, with what hangs on it
+        return tensor if tensor.grad_fn is None else tensor.detach()

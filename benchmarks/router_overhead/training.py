@@ -154,7 +154,7 @@ def megatron(args: argparse.Namespace) -> Iterator[None]:
         ending.callback(training.destroy_global_state)
         with _quiet():
             set_global_variables(args)
-        initialize_rerun_state_machine(mode=RerunMode(args.rerun_mode))
+            initialize_rerun_state_machine(mode=RerunMode(args.rerun_mode))
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=torch.cuda.current_device()))
         yield
 

@@ -13,12 +13,14 @@ import torch
 from benchmarks import machine
 from benchmarks.measuring.clocks import Clock, progress
 from benchmarks.measuring.command_line import at_least, check_file, check_names, set_threads
+from benchmarks.measuring.errors import WrongResult
 from benchmarks.measuring.quantiles import turns
 from benchmarks.routing_step import providers, roofline, sizes, table
 from benchmarks.routing_step.check import Check, saved_bytes
 from benchmarks.routing_step.inputs import Inputs, Step
 from benchmarks.routing_step.table import BOTH, FORWARD, Result
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.process import report
 
 _WARM_UP = 3
 _ROUNDS = {"cpu": 24, "cuda": 200}
@@ -40,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processor-time",
         action="store_true",
         help="processor time of this process, not wall time: for one thread on a machine that others use too",
+    )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="leave out a provider that is wrong or fails, say so, and end with status 1 when the others are measured",
     )
     parser.add_argument("--csv", type=Path, help="also write a row for each provider, size and pass to this file")
 
@@ -69,47 +76,63 @@ def run(args: argparse.Namespace) -> str:
         size = sizes.SIZES[name]
         rates = roofline.measure(device, size.hidden, clock)
         for tokens in args.tokens or size.tokens:
-            results.append(measure(name, tokens, chosen[name], rates, rounds, clock, device))
+            inputs = Inputs(size, tokens, device)
+            found = Result(name, tokens, rates)
+            steps = check_all(chosen[name], inputs, found, args)
+            take_turns(steps, inputs, found, rounds, clock)
+            results.append(found)
     if args.csv:
         args.csv.write_text(table.as_csv(results, baselines, clock.name))
     return table.markdown(results, baselines, clock.name, load)
 
 
-def measure(
-    name: str,
-    tokens: int,
-    chosen: list[providers.Provider],
-    rates: roofline.Rates,
-    rounds: int,
-    clock: Clock,
-    device: torch.device,
-) -> Result:
-    """Every provider checked, then all of them timed in turn."""
-    size = sizes.SIZES[name]
-    inputs = Inputs(size, tokens, device)
-    steps: dict[str, Step] = {}
-    saved, errors, check = {}, {}, Check(inputs)
-    with progress(len(chosen) + rounds, f"{name}, T {tokens}") as bar:
+def check_all(
+    chosen: list[providers.Provider], inputs: Inputs, found: Result, args: argparse.Namespace
+) -> dict[str, Step]:
+    """The steps that are right, each run a few times: ``found`` gets errors and bytes, ``args`` status 1 for others.
+
+    Raises:
+        WrongResult: a provider is wrong, without --keep-going; or none is right.
+    """
+    check, steps = Check(inputs), {}
+    with progress(len(chosen), f"{found.size}, T {found.tokens}, right?") as bar:
         for provider in chosen:
             if provider.when_named:
                 bar.set_postfix_str(f"compiling {provider.name}: minutes on a CPU")
-            step = provider.build(inputs, provider.arithmetic(size))
-            errors[provider.name] = check.errors(provider, step)
-            saved[provider.name] = saved_bytes(step)
-            for _ in range(_WARM_UP):
-                _both(step, inputs)
-            steps[provider.name] = step
+            try:
+                step = provider.build(inputs, provider.arithmetic(inputs.size))
+                found.errors[provider.name] = check.errors(provider, step)
+                found.saved[provider.name] = saved_bytes(step)
+                for _ in range(_WARM_UP):
+                    _both(step, inputs)
+                steps[provider.name] = step
+            except Exception as error:  # whatever a compiler or a kernel that was never run raises
+                if not args.keep_going:
+                    raise
+                args.status = 1
+                why = str(error) if isinstance(error, WrongResult) else f"--providers {provider.name}: {_line(error)}"
+                report(f"{why} ({found.size}, T {found.tokens})")
             bar.set_postfix_str("", refresh=False)
             bar.update()
-        del check  # and its float64 tensors
-        seconds = {provider: {FORWARD: [], BOTH: []} for provider in steps}
+    if not steps:
+        raise WrongResult(f"no provider is left to measure at {found.size}, T {found.tokens}")
+    return steps
+
+
+def take_turns(steps: dict[str, Step], inputs: Inputs, found: Result, rounds: int, clock: Clock) -> None:
+    """Times all of them in every round."""
+    found.seconds = {name: {FORWARD: [], BOTH: []} for name in steps}
+    with progress(rounds, f"{found.size}, T {found.tokens}") as bar:
         for order in turns(list(steps), rounds):
-            for provider in order:
-                step = steps[provider]
-                seconds[provider][FORWARD].append(clock.seconds(step.run))
-                seconds[provider][BOTH].append(clock.seconds(lambda step=step: _both(step, inputs)))
+            for name in order:
+                step = steps[name]
+                found.seconds[name][FORWARD].append(clock.seconds(step.run))
+                found.seconds[name][BOTH].append(clock.seconds(lambda step=step: _both(step, inputs)))
             bar.update()
-    return Result(name, tokens, rates, seconds, saved, errors)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no words'}"
 
 
 def _both(step: Step, inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -154,9 +154,10 @@ def _projector_router(inputs: Inputs, dtype: torch.dtype) -> Step:
 
 
 def _megatron_linear(inputs: Inputs, dtype: torch.dtype) -> Step:
-    import rmoe_megablocks.megatron  # noqa: F401  CPU mode, before Megatron
+    from rmoe_megablocks.compat import megatron_cpu
 
-    from megatron.core.transformer.moe.moe_utils import router_gating_linear  # isort: skip
+    megatron_cpu.install(announce=False)
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear  # behind CPU mode
 
     v = _leaves(inputs, dtype, ("x", "gate"))
     return _step(lambda: (router_gating_linear(v["x"], v["gate"], None, dtype),), v)

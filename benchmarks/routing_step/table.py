@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks import machine
 from benchmarks.measuring.quantiles import estimate, quantiles, ratios
@@ -28,9 +28,9 @@ class Result:
     size: str
     tokens: int
     rates: Rates
-    seconds: dict[str, dict[str, list[float]]]
-    saved: dict[str, int]
-    errors: dict[str, tuple[float, float]]
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def roofline(self) -> float:

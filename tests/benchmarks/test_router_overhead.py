@@ -11,6 +11,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import router_overhead
 from benchmarks.router_overhead import table, training
 from benchmarks.router_overhead.table import CONTROL, GRU, LINEAR, Depth
+from rmoe_megablocks.megatron.monitoring.health import observe_routers
 from rmoe_megablocks.megatron.recurrence.router import RecurrentTopKRouter
 
 TOKENS, PAIRS = 500, 200
@@ -63,9 +64,13 @@ def tiny_run(tmp_path_factory):
         for option, value in small.items():
             model[model.index(option) + 1] = value
         patch.setattr(router_overhead, "MODEL", model)
-        timed = training.TrainedModel.timed
+        patch.setattr(router_overhead, "_LOGGED", 4)
+        timed, choices = training.TrainedModel.timed, {}
 
         def watched(self, is_logged):
+            if self not in choices:
+                choices[self] = []
+                observe_routers(self.chunks, lambda router, logits, chosen: choices[self].append(chosen))
             before = [parameter.detach().clone() for chunk in self.chunks for parameter in chunk.parameters()]
             result = timed(self, is_logged)
             (chunk,) = self.chunks
@@ -76,13 +81,14 @@ def tiny_run(tmp_path_factory):
                     layers=self._args.num_layers,
                     routers=[type(module) for module in chunk.modules() if isinstance(module, TopKRouter)],
                     gradients={n: p.main_grad.norm().item() for n, p in chunk.named_parameters() if "router" in n},
+                    chosen=choices[self][-1],
                     moved=max((p - b).norm() / b.norm() for p, b in zip(chunk.parameters(), before, strict=True)),
                 )
             )
             return result
 
         patch.setattr(training.TrainedModel, "timed", watched)
-        argv = ["router_overhead", "--pairs", "9", "--layers", "2", "1", "--sequence-length", "16"]
+        argv = ["router_overhead", "--pairs", "3", "--layers", "2", "1", "--sequence-length", "16"]
         argv += ["--micro-batch-size", "2", "--vocab-size", "127", "--output", str(folder / "table.md")]
         assert benchmarks.main(argv) == 0
     assert not torch.distributed.is_initialized()
@@ -93,12 +99,12 @@ def test_models_take_their_steps_in_turn(tiny_run):
     _, seen = tiny_run
     deep = [step for step in seen if step.layers == 2]
     gru, linear, control = models = list(dict.fromkeys(step.model for step in deep))
-    assert [models.index(step.model) for step in deep] == ([0, 1, 2, 2, 1, 0] * 6)
+    assert [models.index(step.model) for step in deep] == ([0, 1, 2, 2, 1, 0] * 3)
     assert len({id(model) for model in models}) == 3 and linear._optimizer is not control._optimizer
     shallow = [step for step in seen if step.layers == 1]
-    assert len(shallow) == 12 * 2 and len({step.model for step in shallow}) == 2
+    assert len(shallow) == 6 * 2 and len({step.model for step in shallow}) == 2
     logged = [step.logged for step in deep]
-    assert logged == [index // 3 % 10 == 9 for index in range(36)]
+    assert logged == [index // 3 % 4 == 3 for index in range(18)]
 
 
 def test_they_are_what_they_are_called(tiny_run):
@@ -121,9 +127,17 @@ def test_every_step_has_the_work_of_training_and_changes_nothing(tiny_run):
         assert step.moved < 1e-6
 
 
+def test_experts_are_chosen_at_random(tiny_run):
+    """Else two routers that are drawn otherwise have experts of other sizes, and that is what would be measured."""
+    _, seen = tiny_run
+    for model in {step.model for step in seen}:
+        chosen = [step.chosen for step in seen if step.model is model]
+        assert not any(torch.equal(a, b) for a, b in zip(chosen, chosen[1:], strict=False))
+
+
 def test_the_table_of_a_run(tiny_run):
     text, _ = tiny_run
     assert "2 layers of the 0.91B model: 2 x 16 tokens a step, vocabulary 127, fp32" in text and "gru by eager" in text
-    assert "9 pairs of steps in turn" in text and "each layer more, 2 against 1" in text
+    assert "3 pairs of steps in turn" in text and "each layer more, 2 against 1" in text
     # eager keeps 6P values of a layer with a previous state and 5P of the first: 5.5 * 128 * 4 bytes
     assert text.strip().endswith("+2,816 a layer")

@@ -118,6 +118,26 @@ def test_a_wrong_provider_ends_the_benchmark_in_one_line(tiny, monkeypatch, caps
     assert out == "" and line.startswith("rmoe: error: --providers wrong: logits is off by") and "not timed" in line
 
 
+def test_keep_going(tiny, monkeypatch, capsys):
+    """The others are measured, and the status says that not all is well."""
+
+    def crashing(given, dtype):
+        raise RuntimeError("no compiler\nand a long trace")
+
+    monkeypatch.setitem(PROVIDERS, "wrong", wrong(swapped_gates))
+    monkeypatch.setitem(PROVIDERS, "crashing", Provider("crashing", "a fault", crashing))
+    argv = ["routing_step", "--rounds", "2", "--keep-going", "--providers"]
+    assert benchmarks.main([*argv, "wrong", "released", "crashing"]) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "rmoe: error" in line]
+    assert lines[0].startswith("rmoe: error: --providers wrong: logits is off by")
+    assert lines[1:] == ["rmoe: error: --providers crashing: RuntimeError: no compiler (fp32, T 70)"]
+    assert "| released: six linears" in out and "wrong" not in out and "crashing" not in out
+    assert benchmarks.main([*argv, "wrong"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "rmoe: error: no provider is left to measure at fp32, T 70" in err
+
+
 def test_table_and_csv(tiny, tmp_path, capsys):
     names = ["released", "eager", "megatron_linear"]
     argv = ["routing_step", "--sizes", "fp32", "mixed", "--providers", *names, "--tokens", "9", "70", "--rounds", "3"]

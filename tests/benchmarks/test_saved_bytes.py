@@ -1,5 +1,7 @@
 """What is counted as saved for the backward pass, to the byte."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -39,10 +41,33 @@ def test_storages_that_are_freed_on_the_way_still_count():
     x = torch.randn(1000, requires_grad=True)
 
     def run():
-        for _ in range(5):
-            x.exp()
+        for _ in range(50):
+            x.sin().sin()
 
-    assert saved(run) == 5 * 4000
+    assert saved(run) == 51 * 4000
+
+
+def test_nothing_is_held_afterwards():
+    x = torch.randn(1000, requires_grad=True)
+    with SavedBytes() as found:
+        result = x.exp()
+    assert found.total == 4000
+    seen = weakref.ref(result)
+    del result, found
+    assert seen() is None
+
+
+def test_gradients_are_those_without_it():
+    x = torch.randn(10, requires_grad=True)
+    layer = nn.Linear(10, 10)
+
+    def loss():
+        return (layer(x).sigmoid() * x).exp().sum()
+
+    with SavedBytes():
+        ours = torch.autograd.grad(loss(), [x, *layer.parameters()])
+    theirs = torch.autograd.grad(loss(), [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
