@@ -16,6 +16,7 @@
 #
 # compute-sanitizer is looked for on PATH, in /usr/local/cuda/bin and in that wheel; without it its parts are left out.
 set -euo pipefail
+shopt -s inherit_errexit
 case ${1:-} in
     -h | --help)
         sed -n '2,/^set/{/^# \{0,1\}/s///p}' "${BASH_SOURCE[0]}"
@@ -37,6 +38,10 @@ beside_torch() {
 }
 
 if [ -n "${RMOE_WHEELS:-}" ]; then
+    [ -d "$RMOE_WHEELS" ] || {
+        echo "rmoe: error: RMOE_WHEELS: there is no folder $RMOE_WHEELS" >&2
+        exit 2
+    }
     PIP_FIND_LINKS=$(realpath -- "$RMOE_WHEELS")
     export PIP_NO_INDEX=1 PIP_FIND_LINKS
     python=$(command -v -- "${PYTHON:-python3}")
@@ -96,10 +101,12 @@ part() {
     summary+=("$(printf '%-16s %4d s  %s' "$name" "$((SECONDS - start))" "$word")")
 }
 
+# The files alone: collecting the whole suite takes as long as running these. -m gpu leaves out their other tests.
+mapfile -t files < <(grep -rlE "mark\.gpu\b" tests --include="test_*.py" | sort)
 workers=$(nproc)
 [ "$workers" -le 6 ] || workers=6
 # Together 550 seconds. Most of the tests' time is compiling kernels, which the sanitizer then finds in Triton's cache.
-part "gpu tests" 140 "$RMOE_PYTHON" -m pytest -m gpu --numprocesses "$workers" --dist worksteal
+part "gpu tests" 140 "$RMOE_PYTHON" -m pytest -m gpu "${files[@]}" --numprocesses "$workers" --dist worksteal
 part routing_step 120 "$RMOE_PYTHON" -m benchmarks routing_step --against released GRUCell compiled upcast \
     --keep-going --output "$folder/routing_step_$name.md" --csv "$folder/routing_step_$name.csv"
 part router_overhead 160 "$RMOE_PYTHON" -m benchmarks router_overhead --pairs "${RMOE_GPU_PAIRS:-200}" \

@@ -60,6 +60,7 @@ def test_all_parts(gpu, tmp_path):
     parts = ["gpu tests", "routing_step", "router_overhead", "memcheck", "racecheck"]
     assert code == 0 and states(lines) == dict.fromkeys(parts, "passed")
     assert sum(int(line.split()[1]) for line in calls.splitlines() if line.startswith("limit")) <= 550
+    assert "-m gpu tests/kernels/test_triton_gpu.py tests/routing/test_recurrence_gpu.py --numprocesses" in calls
     assert f"--output {tmp_path}/tables/routing_step_nvidia-test.md" in calls and "--pairs 200" in calls
     for tool in ("memcheck", "racecheck"):
         assert f"sanitizer {tool} cached=1" in calls
@@ -88,6 +89,11 @@ def test_without_a_sanitizer(gpu, tmp_path):
     if "racecheck" in calls:
         pytest.skip("this machine has one")
     assert code == 0 and lines[-1] == "memcheck, racecheck: not run, no compute-sanitizer was found"
+
+
+def test_a_folder_of_wheels_that_is_not_there(gpu):
+    code, lines, calls = gpu(RMOE_WHEELS="nowhere")
+    assert (code, lines, calls) == (2, ["rmoe: error: RMOE_WHEELS: there is no folder nowhere\n"], "")
 
 
 def test_without_a_gpu(gpu):
