@@ -24,6 +24,7 @@ case ${1:-} in
         ;;
 esac
 folder=$(realpath -m -- "${1:-$(dirname -- "${BASH_SOURCE[0]}")/../benchmarks/results}")
+[ -z "${RMOE_WHEELS:-}" ] || RMOE_WHEELS=$(realpath -m -- "$RMOE_WHEELS")
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # Prints a Python that has the active one's torch and the wheels.
@@ -42,8 +43,7 @@ if [ -n "${RMOE_WHEELS:-}" ]; then
         echo "rmoe: error: RMOE_WHEELS: there is no folder $RMOE_WHEELS" >&2
         exit 2
     }
-    PIP_FIND_LINKS=$(realpath -- "$RMOE_WHEELS")
-    export PIP_NO_INDEX=1 PIP_FIND_LINKS
+    export PIP_NO_INDEX=1 PIP_FIND_LINKS=$RMOE_WHEELS
     python=$(command -v -- "${PYTHON:-python3}")
     if (cd / && "$python" -c 'import torch') 2>/dev/null; then
         PYTHON=$(beside_torch "$python")

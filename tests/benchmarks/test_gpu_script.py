@@ -93,7 +93,7 @@ def test_without_a_sanitizer(gpu, tmp_path):
 
 def test_a_folder_of_wheels_that_is_not_there(gpu):
     code, lines, calls = gpu(RMOE_WHEELS="nowhere")
-    assert (code, lines, calls) == (2, ["rmoe: error: RMOE_WHEELS: there is no folder nowhere\n"], "")
+    assert (code, lines, calls) == (2, [f"rmoe: error: RMOE_WHEELS: there is no folder {os.getcwd()}/nowhere\n"], "")
 
 
 def test_without_a_gpu(gpu):
