@@ -9,11 +9,11 @@ import argparse
 import contextlib
 import io
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 
 from benchmarks import machine
+from benchmarks.one_process import parallel_state
 
 HIDDEN, FFN, EXPERTS, TOP_K = 1280, 448, 16, 4
 BACKENDS = ("megatron", "megablocks")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> str:
     on_gpu = not megatron_cpu.active()
     dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     compiled = megablocks_mode.enable()
-    with _parallel_state():
+    with parallel_state():
         layers = {backend: _layer(backend, dtype) for backend in BACKENDS}
         rows = []
         for tokens in args.tokens or ([4096, 16384] if on_gpu else [1024]):
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> str:
         products = _products(args, on_gpu, dtype) if on_gpu else []
     return "\n".join(
         [
-            _describe(on_gpu),
+            machine.describe(),
             f"one MoE layer, forward and backward, {dtype}: {EXPERTS} experts, top-{TOP_K}, ffn {FFN}, hidden {HIDDEN}",
             f"megablocks_ops {compiled['megablocks_ops']}, grouped_gemm {compiled['grouped_gemm']}",
             f"{args.rounds} rounds in turn, {'processor' if args.processor_time else 'wall'} time, median (min-max)",
@@ -68,32 +68,6 @@ def run(args: argparse.Namespace) -> str:
             *products,
         ]
     )
-
-
-def _describe(on_gpu: bool) -> str:
-    """CPU mode's torch.cuda would pass for a GPU in machine.describe."""
-    import torch
-
-    text = machine.describe()
-    if on_gpu:
-        return text
-    return f"{machine._processor()}, {torch.get_num_threads()} threads; {text.split('; ', 1)[-1]}"
-
-
-@contextlib.contextmanager
-def _parallel_state():
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1234)
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def _layer(backend: str, dtype: str):

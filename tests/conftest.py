@@ -25,7 +25,12 @@ _LONGEST = ("tests/distributed/", "tests/test_end_to_end.py")  # started first w
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With pytest-xdist a file stays in one process for its fixtures' sake, and tests/distributed for its lab."""
+    """With pytest-xdist a file stays in one process for its fixtures' sake, and tests/distributed for its lab.
+
+    But with --dist worksteal, which tests/gpu.sh has for the many cases of one file.
+    """
+    if config.getoption("dist") == "worksteal":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class ByFixtures(LoadFileScheduling):

@@ -1,0 +1,1 @@
+"""What the benchmarks measure with: clocks, quantiles and intervals, bytes saved for the backward pass."""
