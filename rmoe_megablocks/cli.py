@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from rmoe_megablocks import __version__, doctor
 from rmoe_megablocks.compat.megablocks import cli as install_cli
+from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import cli as plan_cli
@@ -27,13 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_cli.add_arguments(commands)
     plan_cli.add_arguments(commands)
+    conversion_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
         if args.megatron_arguments and args.command != "plan":
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
-        run = {"data": data_cli.run, "plan": plan_cli.run, "doctor": doctor.run, "install": install_cli.run}
+        run = {
+            **{"data": data_cli.run, "plan": plan_cli.run, "doctor": doctor.run, "install": install_cli.run},
+            **dict.fromkeys(("export", "import"), conversion_cli.run),
+        }
         return run[args.command](args)
     except UsageError as error:
         print(f"rmoe: error: {error}", file=sys.stderr)
