@@ -55,18 +55,19 @@ def _trust(add) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command for parsed arguments; 0. Raises UsageError with one line for bad input."""
-    from rmoe_megablocks.compat import megatron_cpu  # late: all that follows imports torch
-
-    megatron_cpu.install(announce=False)  # no process group, nothing runs on a device
     _need("safetensors")
-    from safetensors import SafetensorError
-
-    from rmoe_megablocks.conversion import storage
-
-    target = args.folder if args.command == "export" else args.checkpoint
-    with storage.in_one_line(target, SafetensorError), quiet_logging(), warnings.catch_warnings():
+    with quiet_logging(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's about packages that nothing here needs
-        lines = _export(args) if args.command == "export" else _import(args)
+        from rmoe_megablocks.compat import megatron_cpu  # late: all that follows imports torch
+
+        megatron_cpu.install(announce=False)  # no process group, nothing runs on a device
+        from safetensors import SafetensorError
+
+        from rmoe_megablocks.conversion import storage
+
+        target = args.folder if args.command == "export" else args.checkpoint
+        with storage.in_one_line(target, SafetensorError):
+            lines = _export(args) if args.command == "export" else _import(args)
     for line in lines:
         print(line)
     return 0

@@ -50,6 +50,17 @@ def import_folder(
     wanted = entries(opened.config)
     _check(opened, wanted)
     checked = check_checksums(folder)
+    write_checkpoint(opened, wanted, checkpoint, transformer_engine)
+    lines = [f"{checkpoint}: load it with --load {checkpoint} --finetune"]
+    if not checked:
+        lines.append(f"{folder} has no checksums, so damage to its files would go unnoticed")
+    return lines
+
+
+def write_checkpoint(
+    opened: Folder, wanted: Sequence[Entry], checkpoint: Path, transformer_engine: bool = False
+) -> None:
+    """Writes a checked folder's weights; memory holds those of one entry at a time."""
     padding = opened.padding()
     chunks = list(_chunks(opened, wanted, padding, transformer_engine))
     rows = {chunk.size[0] for chunk in chunks if chunk.name == "embedding.word_embeddings.weight"}
@@ -65,10 +76,6 @@ def import_folder(
     _seal(partial / _RELEASE)
     files.write_atomically(partial / files.TRACKER, _RELEASE)
     partial.rename(checkpoint)
-    lines = [f"{checkpoint}: load it with --load {checkpoint} --finetune"]
-    if not checked:
-        lines.append(f"{folder} has no checksums, so damage to its files would go unnoticed")
-    return lines
 
 
 def _check(folder: Folder, wanted: Sequence[Entry]) -> None:

@@ -54,13 +54,13 @@ def config_of(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     for key, (name, default) in _SAME.items():
         config[key] = getattr(args, name, default)
     grouped = getattr(args, "group_query_attention", False)
-    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
+    shared = getattr(args, "moe_shared_expert_intermediate_size", None) or None
     config |= {
         "vocab_size": vocab_size,
         "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
         "head_dim": args.kv_channels or args.hidden_size // args.num_attention_heads,
         "moe_intermediate_size": getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": shared or 0,
+        "moe_shared_expert_intermediate_size": shared,
         "moe_layer_freq": _layers_with_experts(args),
         "rms_norm_eps": _epsilon(args),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(getattr(args, "rotary_base", 10000))},
