@@ -8,6 +8,7 @@ from typing import NoReturn
 from rmoe_megablocks import __version__, doctor
 from rmoe_megablocks.comparison import cli as compare_cli
 from rmoe_megablocks.compat.megablocks import cli as install_cli
+from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.planning import cli as plan_cli
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan_cli.add_arguments(commands)
     sweep_cli.add_arguments(commands)
     compare_cli.add_arguments(commands)
+    conversion_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "plan": plan_cli.run,
             "sweep": sweep_cli.run,
             "compare": compare_cli.run,
+            "export": conversion_cli.run,
+            "import": conversion_cli.run,
             "doctor": doctor.run,
             "install": install_cli.run,
         }

@@ -9,18 +9,23 @@ PACKAGE = "rmoe_megablocks"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 HOSTS = {"megatron": ("megatron",), "megablocks": ("megablocks", "stk", "grouped_gemm")}
 
-ROOMS = ("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels")
+ROOMS = (
+    *("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels"),
+    *("conversion", "torch_dist"),
+)
 GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
 
 # room -> rooms and foreign packages that nothing in it imports
 FORBIDDEN = {
-    "routing": {"megatron", "megablocks", "compat", "launcher", "planning", "data", "doctor"},
-    "kernels": {"megatron", "megablocks", "compat", "launcher", "planning", "data", "doctor", "routing"},
-    "megatron": {"launcher", "megablocks", "doctor"},
-    "megablocks": {"launcher", "megatron", "doctor"},
-    "compat": {"launcher", "megatron", "megablocks", "planning", "doctor"},
-    "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor"},
-    "launcher": {"planning", "doctor"},
+    "routing": {*ROOMS} - {"routing", "kernels"},
+    "kernels": {*ROOMS} - {"kernels"},
+    "megatron": {"launcher", "megablocks", "doctor", "conversion"},
+    "megablocks": {"launcher", "megatron", "doctor", "conversion", "torch_dist"},
+    "compat": {"launcher", "megatron", "megablocks", "planning", "doctor", "conversion", "torch_dist"},
+    "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor", "conversion", "torch_dist"},
+    "launcher": {"planning", "doctor", "conversion"},
+    "torch_dist": {*ROOMS} - {"torch_dist"},
+    "conversion": {"launcher", "megablocks", "planning", "doctor"},
     **dict.fromkeys(GROUND_FLOOR, set(ROOMS)),
 }
 HOSTLESS = ("routing", "kernels", *GROUND_FLOOR)  # do not import the upstreams either

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rmoe_megablocks.megatron.experts.backend import MEGATRON
 from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.process import quiet_logging
 from rmoe_megablocks.routing import get_router_type
+from rmoe_megablocks.torch_dist.reading import COMMON_STATE, Reader
+from rmoe_megablocks.torch_dist.unpickling import INDEX, UnsafePickle
 
 
 def latest_iteration(folder: Path | str | None) -> int | None:
@@ -56,12 +59,37 @@ def saved_state(folder: Path | str, step: int | None = None) -> dict | None:
         # "torch.distributed is uninitialized": it need not be here. And what torch logs of a damaged checkpoint, 2.14
         # with a traceback, would stand before the one line about it.
         with warnings.catch_warnings(action="ignore"), quiet_logging():
-            return load_common_state_dict(str(checkpoint))
+            return _common_state(checkpoint)
     except (KeyboardInterrupt, SystemExit):
         raise
+    except UnsafePickle as error:
+        safety.verify(checkpoint)  # a damaged name is one that nobody knows
+        raise UsageError(
+            f"--load {folder}: {checkpoint} asks for {error}, which is not among what checkpoints hold: nothing of it "
+            "was run"
+        ) from error
     except BaseException as error:  # torch's CheckpointException is one
         safety.verify(checkpoint)  # names the file, if the checkpoint has a manifest
         raise UsageError(f"--load {folder}: {checkpoint} is damaged or incomplete ({type(error).__name__})") from error
+
+
+def _common_state(checkpoint: Path) -> dict:
+    """The common state, read with an allow-list, and everything else that is no tensor looked at in the same way.
+
+    Megatron unpickles index and objects as they come: its torch.load(weights_only=True) gets what torch's planner has
+    loaded without (serialization.py:230, default_planner.py:370).
+    """
+    _check_objects(checkpoint, (checkpoint / INDEX).stat().st_mtime_ns)
+    reader = Reader(checkpoint)
+    if COMMON_STATE not in reader.objects:
+        return load_common_state_dict(str(checkpoint))  # an older release's common.pt, for which torch has the list
+    return reader.read_object(COMMON_STATE)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _check_objects(checkpoint: Path, written: int) -> None:
+    """Once for each checkpoint that a start looks at. Raises UnsafePickle."""
+    Reader(checkpoint).check_objects()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rmoe_megablocks.compat.megatron.errors import lost_contact
 from rmoe_megablocks.errors import LoneError, UsageError
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-_BROKEN = {
+BROKEN = {
     errno.EIO: "the storage has failed (input/output error)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
@@ -95,13 +95,13 @@ def naming(path: Path | str) -> Iterator[None]:
 def find(error: BaseException) -> OSError | None:
     """The error of the storage that ``error`` is, was raised for, or reports from other ranks' processes; else None."""
     for one in chain(error):
-        if isinstance(one, OSError) and one.errno in _FULL | _BROKEN:
+        if isinstance(one, OSError) and one.errno in _FULL | BROKEN:
             return one
         if isinstance(one, OSError) and _OF_NUMPY.search(" ".join(map(str, one.args))):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), one.filename)
         for said in map(str, getattr(one, "failures", {}).values()):  # what other ranks have sent is text
             for number, path in _TOLD.findall(said):
-                if int(number) in _FULL | _BROKEN:
+                if int(number) in _FULL | BROKEN:
                     return OSError(int(number), os.strerror(int(number)), path or None)
     return None
 
@@ -119,7 +119,7 @@ def describe(error: OSError, place: Path) -> str:
     """``PATH: the disk is full (0 of 3,145,728 bytes free)``."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
     if error.errno not in _FULL:
-        return f"{path}: {_BROKEN[error.errno]}"
+        return f"{path}: {BROKEN[error.errno]}"
     standing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     usage = shutil.disk_usage(standing)
     return f"{path}: {_FULL[error.errno]} ({usage.free:,} of {usage.total:,} bytes free)"

@@ -1,0 +1,18 @@
+"""RMoE in transformers 5.17 to 5.24: importing this makes ``AutoModelForCausalLM.from_pretrained`` know the model.
+
+import rmoe_megablocks.huggingface
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("folder")
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from rmoe_megablocks.huggingface.configuration import RmoeConfig
+from rmoe_megablocks.huggingface.modeling import RmoeForCausalLM, RmoeModel, RmoePreTrainedModel
+
+AutoConfig.register(RmoeConfig.model_type, RmoeConfig)
+AutoModel.register(RmoeConfig, RmoeModel)
+AutoModelForCausalLM.register(RmoeConfig, RmoeForCausalLM)
+
+__all__ = ["RmoeConfig", "RmoeForCausalLM", "RmoeModel", "RmoePreTrainedModel"]

@@ -1,0 +1,75 @@
+"""The written model computes what Megatron's does, in every cell; a wrong convention is seen."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import rmoe_megablocks.huggingface  # noqa: F401  registers the model type
+from rmoe_megablocks.conversion.exporting import Options, export
+from rmoe_megablocks.conversion.verification.comparison import judge
+from rmoe_megablocks.errors import UsageError
+from tests.conversion import made as models
+from tests.conversion.cells import ALL_CELLS, CELLS, DENSE_FIRST, GROUPED, GRU, UNTIED
+
+IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def of_megatron(checkpoints: Path, argv: list[str]):
+    model, _ = models.build(*(word for word in argv if word != "--bf16"))  # the same weights, computed with in fp32
+    models.load(model, checkpoints / f"iter_{models.ITERATION:07d}")
+    return model.eval()(IDS, torch.arange(16).expand(2, 16), None)[..., :256].numpy()
+
+
+@torch.no_grad()
+def of_huggingface(folder: Path):
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
+    return model.eval()(IDS).logits.numpy()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_logits(made, tmp_path, cell):
+    export(made(*CELLS[cell]), tmp_path / "folder", Options(verify=False, tokenizer="none"))
+    theirs = of_megatron(made(*CELLS[cell]), CELLS[cell])
+    assert theirs.std() > 0.05
+    assert "100.0% of the tokens" in judge(theirs, of_huggingface(tmp_path / "folder"))
+
+
+def swap_gate_and_up(tensors):
+    for name in [name for name in tensors if name.endswith("gate_up_proj")]:
+        tensors[name] = torch.cat(tensors[name].chunk(2, dim=1)[::-1], dim=1).contiguous()
+
+
+def mix_up_heads(tensors):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].view(2, 2, 12, -1).transpose(0, 1).reshape(tensors[name].shape).contiguous()
+
+
+def swap_gates_of_the_gru(tensors):
+    name = "model.shared_router.weight_ih"
+    first, second, third = tensors[name].chunk(3)
+    tensors[name] = torch.cat((second, first, third))
+
+
+@pytest.mark.parametrize("fault", [swap_gate_and_up, mix_up_heads, swap_gates_of_the_gru])
+def test_a_wrong_convention_is_refused(made, tmp_path, fault):
+    argv = [*UNTIED, *DENSE_FIRST, *GROUPED, *GRU]
+    export(made(*argv), tmp_path / "folder", Options(verify=False, tokenizer="none"))
+    weights = tmp_path / "folder" / "model.safetensors"
+    tensors = load_file(weights)
+    fault(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="does not compute what the checkpoint does"):
+        judge(of_megatron(made(*argv), argv), of_huggingface(tmp_path / "folder"))
+
+
+@pytest.mark.skipif(not ALL_CELLS, reason="RMOE_TEST_ALL_CELLS=1")
+def test_the_command_measures_it(made, tmp_path):
+    checkpoints = shutil.copytree(made(*UNTIED, *GRU), tmp_path / "checkpoints")
+    said = export(checkpoints, tmp_path / "folder", Options(tokenizer="bytes"))[-1]
+    assert "100.0% of the tokens" in said and said in (tmp_path / "folder" / "README.md").read_text()
