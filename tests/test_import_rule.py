@@ -7,19 +7,35 @@ import pytest
 
 PACKAGE = "rmoe_megablocks"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
-HOSTS = {"megatron": ("megatron",), "megablocks": ("megablocks", "stk", "grouped_gemm")}
+HOSTS = {
+    "megatron": ("megatron",),
+    "megablocks": ("megablocks", "stk", "grouped_gemm"),
+    "huggingface": ("transformers", "safetensors", "huggingface_hub"),
+}
 
-ROOMS = ("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels")
+ROOMS = (
+    "launcher",
+    "megatron",
+    "megablocks",
+    "huggingface",
+    "compat",
+    "planning",
+    "data",
+    "doctor",
+    "routing",
+    "kernels",
+)
 GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
 
 # room -> rooms and foreign packages that nothing in it imports
 FORBIDDEN = {
-    "routing": {"megatron", "megablocks", "compat", "launcher", "planning", "data", "doctor"},
-    "kernels": {"megatron", "megablocks", "compat", "launcher", "planning", "data", "doctor", "routing"},
-    "megatron": {"launcher", "megablocks", "doctor"},
-    "megablocks": {"launcher", "megatron", "doctor"},
-    "compat": {"launcher", "megatron", "megablocks", "planning", "doctor"},
-    "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor"},
+    "routing": {"megatron", "megablocks", "huggingface", "compat", "launcher", "planning", "data", "doctor"},
+    "kernels": {"megatron", "megablocks", "huggingface", "compat", "launcher", "planning", "data", "doctor", "routing"},
+    "megatron": {"launcher", "megablocks", "huggingface", "doctor"},
+    "megablocks": {"launcher", "megatron", "huggingface", "doctor"},
+    "huggingface": {"launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "kernels"},
+    "compat": {"launcher", "megatron", "megablocks", "huggingface", "planning", "doctor"},
+    "data": {"launcher", "megatron", "megablocks", "huggingface", "compat", "planning", "doctor"},
     "launcher": {"planning", "doctor"},
     **dict.fromkeys(GROUND_FLOOR, set(ROOMS)),
 }
@@ -71,6 +87,8 @@ def test_imports_point_down(path):
         ("megatron", "from rmoe_megablocks import launcher"),
         ("planning", "from rmoe_megablocks import cli"),
         ("routing", "from ..megablocks import layer"),
+        ("routing", "import transformers"),
+        ("huggingface", "from rmoe_megablocks.megatron import balancing"),
     ],
 )
 def test_a_climbing_import_is_found(room, source):
