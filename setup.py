@@ -26,8 +26,15 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.14",
 ]
 
+HF = [
+    "transformers>=5.17,<5.25",  # the releases whose idiom rmoe_megablocks/huggingface follows
+    "safetensors>=0.5",
+]
+
 EXTRAS_REQUIRE = {
+    "hf": HF,
     "test": [
+        *HF,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.15",
