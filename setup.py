@@ -51,7 +51,6 @@ EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["compare"]
 # <<< requirements
 
 # Not above: nothing that launch/environment.sh makes needs it.
-EXTRAS_REQUIRE["hf"] = ["transformers>=5.17,<5.25", "safetensors>=0.5", "accelerate>=1.0"]  # rmoe export, rmoe import
 EXTRAS_REQUIRE["studies"] = ["matplotlib>=3.8"]  # python -m studies.router_init report --figure
 
 setup(
