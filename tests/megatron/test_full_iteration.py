@@ -1,5 +1,8 @@
 """--cuda-graph-impl full_iteration, as far as no GPU allows: nothing of ours reads on the host inside what is captured,
-and a replay of the recorded operations trains as the loop does (tests/megatron/full_iteration.py, one process)."""
+and a replay of the recorded operations trains as the loop does (tests/megatron/full_iteration.py, one process).
+
+RMOE_TEST_ALL_CELLS=1 adds fp32, and the fault that the routing's measures would have without what turns it off.
+"""
 
 import json
 import os
@@ -8,9 +11,12 @@ import sys
 
 import pytest
 
+from tests.distributed.arguments import ALL_CELLS
 from tests.distributed.lab import REPOSITORY
 from tests.megatron.full_iteration import ITERATIONS, LOGGED
 from tests.ports import free_port
+
+DTYPES = [" bf16", ""] if ALL_CELLS else [" bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +44,12 @@ def reads(run: dict, captured: bool) -> dict[int, set[str]]:
 
 
 def test_nothing_is_read_inside_forward_and_backward(runs):
-    assert reads(runs["plain"], captured=True) == reads(runs["plain bf16"], captured=True) == {}
+    assert [reads(run, captured=True) for name, run in runs.items() if name.startswith("plain")] == [{}] * len(DTYPES)
 
 
 def test_outside_an_iteration_that_is_not_logged_reads_its_loss_alone(runs):
     """metrics.jsonl has a line an iteration; the optimizer has read the gradient's norm by then, which is later."""
-    found = reads(runs["plain"], captured=False)
+    found = reads(runs["plain bf16"], captured=False)
     plain = {"reporting.py:_losses"}
     logged = {1, LOGGED}
     assert {i: places for i, places in found.items() if i not in logged} == {
@@ -54,15 +60,15 @@ def test_outside_an_iteration_that_is_not_logged_reads_its_loss_alone(runs):
 
 def test_a_planted_read_is_seen(runs):
     both = {"router.py:gating", "gru_arithmetic.py:backward"}
-    assert reads(runs["planted"], captured=True) == {1: both, 2: both}
+    assert reads(runs["planted"], captured=True) == {1: both}
 
 
 def test_our_check_of_what_is_finite_reads_there(runs):
     """Which is why Megatron's --no-check-for-nan-in-loss-and-grad, that a full graph asks for, switches ours off."""
-    assert reads(runs["checked"], captured=True) == {1: {"nonfinite.py:_check"}, 2: {"nonfinite.py:_check"}}
+    assert reads(runs["checked"], captured=True) == {1: {"nonfinite.py:_check"}}
 
 
-@pytest.mark.parametrize("dtype", ["", " bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_replays_train_as_the_loop_does(runs, dtype):
     """Captured in the second iteration, repeated in all others: gradients of the shared cell, which bypass autograd in
     bf16, the balancing loss, the state from layer to layer."""
@@ -75,5 +81,6 @@ def test_replays_train_as_the_loop_does(runs, dtype):
 def test_replays_measure_the_routing(runs):
     """Measured in every iteration, where the loop would ask only in those that it logs: asked once, while it is
     captured, it would say no for ever."""
-    assert len(runs["graph"]["health"]["router_entropy"]) == 4
-    assert runs["measured when captured"]["health"]["router_entropy"] == []
+    assert len(runs["graph bf16"]["health"]["router_entropy"]) == 4
+    if ALL_CELLS:
+        assert runs["measured when captured"]["health"]["router_entropy"] == []
