@@ -3,8 +3,13 @@
 _GRU = "--moe-router-type gru does not work with "
 
 REFUSED = {
-    "--cuda-graph-impl local": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
-    "--cuda-graph-impl full_iteration": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
+    "--cuda-graph-impl local": _GRU + "--cuda-graph-impl: a captured layer gives no gradient to what lies outside it",
+    "--cuda-graph-impl full_iteration": (
+        "--cuda-graph-impl full_iteration without padded experts does not work: the host reads how many tokens"
+    ),
+    "--cuda-graph-impl full_iteration --moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity": (
+        "--cuda-graph-impl full_iteration without a GPU does not work: leave it out"
+    ),
     "--overlap-moe-expert-parallel-comm": _GRU + "--overlap-moe-expert-parallel-comm: its schedule splits layers apart",
     "--use-megatron-fsdp": _GRU + "--use-megatron-fsdp: use --use-distributed-optimizer",
     "--use-torch-fsdp2": _GRU + "--use-torch-fsdp2: use --use-distributed-optimizer",
@@ -46,7 +51,7 @@ REFUSED = {
     "--tensor-parallel-num-weight-shards 2": (
         _GRU + "--tensor-parallel-num-weight-shards: its shards of weights are gathered outside the layer's call"
     ),
-    "--enable-cuda-graph": _GRU + "--cuda-graph-impl: captured layers cannot take the state",
+    "--enable-cuda-graph": _GRU + "--cuda-graph-impl: a captured layer gives no gradient to what lies outside it",
     "--recompute-granularity selective --recompute-modules moe_act": (
         "moe_act in recompute_modules is only supported with moe_grouped_gemm"
     ),

@@ -35,11 +35,13 @@ def check_router_arguments(args: argparse.Namespace) -> None:
     router_arguments.check(args)
     if not replaced:
         _check_linear(args)
+        _check_graphs(args, replaced)
         return
     check_available(args)
     for refused, option, instead in (*_refusals(args), *unproven.refusals(args)):
         if refused:
             raise UsageError(f"--moe-router-type {args.moe_router_type} does not work with {option}: {instead}")
+    _check_graphs(args, replaced)
     stages = args.pipeline_model_parallel_size * _virtual_stages(args)
     alone = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     if args.num_layers and args.num_layers + alone < stages and not args.pipeline_model_parallel_layout:
@@ -68,6 +70,28 @@ def _check_linear(args: argparse.Namespace) -> None:
     ):
         if refused:
             raise UsageError(f"--moe-router-init {FAN_IN} does not work with {option}: {instead}")
+
+
+def _check_graphs(args: argparse.Namespace, replaced: bool) -> None:
+    """Refuses what Megatron would stop at in the iteration that it captures.
+
+    Its flex dispatcher has ways without a number on the host, of which none was tried with a router that is replaced.
+    """
+    full = args.cuda_graph_impl == "full_iteration"
+    padded = args.moe_expert_capacity_factor and args.moe_pad_expert_input_to_capacity
+    option = f"--cuda-graph-impl {args.cuda_graph_impl}"
+    for refused, what, instead in (
+        (
+            full and not padded and (replaced or args.moe_token_dispatcher_type != "flex"),
+            f"{option} without padded experts",
+            "the host reads how many tokens each expert has, which nothing captured may; add "
+            "--moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or leave it out",
+        ),
+        (full and (args.timing_log_level or 0) > 1, f"{option} with --timing-log-level 2", "it waits inside; use 1"),
+        (args.cuda_graph_impl != "none" and megatron_cpu.active(), f"{option} without a GPU", "leave it out"),
+    ):
+        if refused:
+            raise UsageError(f"{what} does not work: {instead}")
 
 
 def _check_context_parallel(args: argparse.Namespace) -> None:
@@ -181,7 +205,11 @@ def _refusals(args: argparse.Namespace):
         "--moe-routing-trace-dump-weights",
         "there is no single router matrix to dump; take it from a checkpoint",
     )
-    yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers cannot take the state; use none"
+    yield (
+        args.cuda_graph_impl not in ("none", "full_iteration"),
+        "--cuda-graph-impl",
+        "a captured layer gives no gradient to what lies outside it, as the shared cell; use full_iteration or none",
+    )
     yield (
         args.overlap_moe_expert_parallel_comm,
         "--overlap-moe-expert-parallel-comm",

@@ -132,7 +132,7 @@ def _refusals(args: argparse.Namespace):
     yield args.fine_grained_activation_offloading, "--fine-grained-activation-offloading", leave_out
     yield args.mtp_num_layers, "--mtp-num-layers", leave_out
     yield args.moe_use_upcycling, "--moe-use-upcycling", f"up-cycle and save once with {megatron.removeprefix('use ')}"
-    yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "use none"
+    yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "the host reads its experts' numbers of tokens; use none"
     yield args.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"
     yield args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"
     yield args.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"

@@ -125,7 +125,8 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     """Summed loss of a micro-batch, its number of tokens, and both again for Megatron's averages."""
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
     num_tokens = loss_mask.sum().detach().to(torch.int)
-    nonfinite.note_loss(loss)
+    if get_args().stop_on_nonfinite:  # without a check nobody takes them away again
+        nonfinite.note_loss(loss)
     if get_args().check_for_nan_in_loss_and_grad:
         for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(

@@ -8,7 +8,8 @@
     ``learning_rate``, ``skipped`` (the optimizer took no step, as fp16 overflowed), ``tokens`` (of this iteration's
     own global batch), ``seconds`` (since the last iteration, checkpoints included and evaluations not),
     ``tokens_per_second``; in the first iteration and every --log-interval ``routing``, lists with a figure for each
-    MoE layer, see :meth:`.health.RoutingHealth.report`.
+    MoE layer, see :meth:`.health.RoutingHealth.report`: of it, under --cuda-graph-impl full_iteration of all
+    since the last line that has them.
 ``valid``, ``test``
     Loss of --eval-iters batches drawn from that split after ``iteration``: ``lm_loss``, ``bpc``, ``tokens`` (those
     evaluated), ``trained_tokens`` (so far, by the lines above), ``seconds``; ``set``, the name or number of one of

@@ -120,7 +120,8 @@ class Reporter:
     def start(self) -> None:
         """Called when the model stands: the clock of the first iteration starts."""
         self._last = time.perf_counter()
-        if self.health is not None:
+        # a graph of the whole iteration asks once, while it is captured: it measures every iteration
+        if self.health is not None and get_args().cuda_graph_impl != "full_iteration":
             self.health.measuring = _is_measured
 
     def on_iteration(self, loss_dict, learning_rate, iteration, skipped_iter, grad_norm) -> None:

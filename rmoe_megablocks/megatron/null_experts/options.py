@@ -132,7 +132,11 @@ def _refusals(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
     )
     yield args.moe_token_dispatcher_type == "flex", "--moe-token-dispatcher-type flex", "use alltoall or allgather"
     yield getattr(args, "moe_router_force_biased", None) is not None, "--moe-router-force-biased", "leave it out"
-    yield args.cuda_graph_impl != "none", "--cuda-graph-impl", "a token's number of experts varies; use none"
+    yield (
+        args.cuda_graph_impl != "none",
+        "--cuda-graph-impl",
+        "a token's number of experts varies, which the host reads; use none",
+    )
     yield args.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"
     yield args.fp8 or args.fp4, "--fp8-format and --fp4-format", "use --bf16"
     yield args.spec is not None, "--spec", "its layers bring their own router"

@@ -42,7 +42,9 @@ class RoutingCost:
         buffers_shared, buffers_layer: bytes of the buffers that each of them has beside its parameters.
         forward, backward: of one layer. Weights that are frozen, and states whose gradient is cut, take less than
             twice the forward pass.
-        kept: bytes that one layer keeps of one token for the backward pass, its input and its logits left out.
+        kept: bytes that one layer with another before it keeps of one token for the backward pass, its hidden states
+            and its logits left out. The model's first layer keeps less where it has no state, and nobody may keep the
+            last layer's.
         kept_once: bytes that one layer keeps whatever the number of tokens: parameters in another dtype.
         keeps_input: whether it keeps the hidden states themselves.
     """
@@ -69,15 +71,23 @@ def measure(router_type: RouterType, config: RoutingConfig, dtype_bytes: int, ro
     shared.to(_DTYPES[dtype_bytes]), layer.to(_DTYPES[dtype_bytes])
     state_size = router_type.state_size(config)
 
-    def run(tokens: int) -> tuple[torch.Tensor | None, ...]:
-        x_TH = torch.empty(tokens, config.hidden_size, dtype=_DTYPES[dtype_bytes], device="meta", requires_grad=True)
-        h_TP = torch.empty(tokens, state_size, dtype=_DTYPES[router_dtype_bytes], device="meta", requires_grad=True)
-        return x_TH, h_TP, *layer(x_TH, h_TP if state_size else None, shared, _DTYPES[router_dtype_bytes])
+    def run(tokens: int, layers: int = 1) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor | None]]:
+        """Hidden states of each layer, the first state, and what the layers return, one behind the other."""
+        sizes = {"dtype": _DTYPES[dtype_bytes], "device": "meta", "requires_grad": True}
+        xs = [torch.empty(tokens, config.hidden_size, **sizes) for _ in range(layers)]
+        first = h_TP = torch.empty(tokens, state_size, **(sizes | {"dtype": _DTYPES[router_dtype_bytes]}))
+        results = []
+        for x_TH in xs:
+            logits_TE, h_TP = layer(x_TH, h_TP if state_size else None, shared, _DTYPES[router_dtype_bytes])
+            results += [logits_TE, h_TP]
+        return xs, first, results
 
     # not one token: a slice of a single row is contiguous, and keeps what more rows would not
     two, three = (_operations(lambda tokens=tokens: run(tokens)) for tokens in (2, 3))
     forward, backward = (Operations(b - a, 3 * a - 2 * b) for a, b in zip(two, three, strict=True))
-    (two, keeps_input), (three, _) = (_kept(lambda tokens=tokens: run(tokens), layer, shared) for tokens in (2, 3))
+    # of a second layer, which keeps of the first one's state what that one does not
+    two, three = (_further(lambda layers, tokens=tokens: run(tokens, layers), layer, shared) for tokens in (2, 3))
+    _, keeps_input = _kept(lambda: run(2), layer, shared)
     return RoutingCost(
         state_size=state_size,
         shared=_count(shared),
@@ -103,18 +113,24 @@ def _buffers(module: nn.Module) -> int:
 
 
 def _operations(run) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass of ``run() -> (inputs and results)``."""
+    """FLOPs of the forward and of the backward pass of ``run() -> (hidden states, state, results)``."""
     with FlopCounterMode(display=False) as forward:
-        results = [result for result in run()[2:] if result is not None and result.requires_grad]
+        results = [result for result in run()[2] if result is not None and result.requires_grad]
     with FlopCounterMode(display=False) as backward:
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+def _further(run, *modules: nn.Module) -> int:
+    """Bytes that a second layer adds to those of one, of ``run(layers)``."""
+    one, two = (_kept(lambda layers=layers: run(layers), *modules)[0] for layers in (1, 2))
+    return two - one
+
+
 def _kept(run, *modules: nn.Module) -> tuple[int, bool]:
-    """Bytes that autograd keeps of ``run() -> (inputs and results)``, each storage once, without parameters,
-    the inputs and the logits (which the layer that made them, and the scores, are counted with); and whether the first
-    input is among what it keeps."""
+    """Bytes that autograd keeps of ``run() -> (hidden states, state, results)``, each storage once, without parameters,
+    the hidden states, the first state and the logits (which the layer that made them, and the scores, are counted
+    with); and whether the hidden states are among what it keeps."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,8 +139,8 @@ def _kept(run, *modules: nn.Module) -> tuple[int, bool]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x_TH, h_TP, logits_TE, _ = run()
-    elsewhere = [x_TH, h_TP, logits_TE, *(p for module in modules for p in module.parameters())]
+        xs, h_TP, results = run()
+    elsewhere = [*xs, h_TP, *results[::2], *(p for module in modules for p in module.parameters())]
     addresses = {tensor.untyped_storage()._cdata for tensor in elsewhere}
     kept = sum(storage.nbytes() for address, storage in storages.items() if address not in addresses)
-    return kept, x_TH.untyped_storage()._cdata in storages
+    return kept, xs[0].untyped_storage()._cdata in storages

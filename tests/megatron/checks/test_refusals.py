@@ -11,6 +11,7 @@ import pytest
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, preflight
+from rmoe_megablocks.megatron.checks import refusals
 from tests.distributed.arguments import BASE, of_type
 from tests.distributed.refused import REFUSED as REFUSED_FEATURES
 
@@ -77,6 +78,29 @@ def test_context_parallelism_needs_transformer_engine_on_a_gpu(tmp_path, monkeyp
         "--context-parallel-size 2 needs Transformer Engine's attention on a GPU: install transformer-engine[pytorch]"
     )
     assert refusal(tmp_path, *words, nproc_per_node=2).startswith(said)
+
+
+PADDED = "--cuda-graph-impl full_iteration --moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity"
+
+
+@pytest.mark.parametrize("router", ["linear", "gru", "mlp"])
+def test_a_full_graph_is_for_padded_experts_on_a_gpu(monkeypatch, router):
+    def check_arguments(words: str) -> None:
+        args = arguments.parse([*BASE, *of_type(router), *words.split()])
+        arguments.fill_defaults(args)
+        refusals.check_router_arguments(args)
+
+    for words, said in (
+        (PADDED, "--cuda-graph-impl full_iteration without a GPU does not work"),
+        ("--cuda-graph-impl full_iteration", "without padded experts does not work: the host reads how many tokens"),
+        (PADDED + " --timing-log-level 2", "full_iteration with --timing-log-level 2 does not work: it waits inside"),
+        (PADDED + " --moe-null-experts 4", "--moe-null-experts does not work with"),
+        (PADDED + " --moe-backend megablocks", "--moe-backend megablocks"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_arguments(words)
+    monkeypatch.setattr(refusals.megatron_cpu, "active", lambda: False)
+    check_arguments(PADDED)
 
 
 def without(option: str, values: int = 1) -> list[str]:
