@@ -1,7 +1,7 @@
 """Code beside the weights: a folder that ``trust_remote_code=True`` loads where this package is not installed.
 
 The files are this package's own, under flat names, with their imports of each other made relative: of the router types
-the one that the model uses.
+the one that the model uses, and the default one, which the library makes to see what a configuration changes.
 """
 
 import ast
@@ -40,14 +40,14 @@ def write_code(folder: str | Path, config: RmoeConfig) -> list[str]:
     folder = Path(folder)
     if type(config) is not RmoeConfig:
         raise ValueError(f"{type(config).__name__} cannot be written with its code: make an RmoeConfig of it")
-    layer = get_router_type(config.router_type).layer
-    if layer is not None and not layer.__module__.startswith(_TYPES):
+    layers = [get_router_type(name).layer for name in {config.router_type, RmoeConfig.router_type}]
+    used = sorted(layer.__module__ for layer in layers if layer is not None)
+    if not all(module.startswith(_TYPES) for module in used):
         raise ValueError(
             f"router_type {config.router_type!r} is not of this package: its code cannot be put beside the weights"
         )
-    types = f"{_flat(_TYPES)}.py"
-    files = {types: _import(layer.__module__, None, "_used") + "\n" if layer is not None else '"""None."""\n'}
-    waiting = [*_NAMED, *([layer.__module__] if layer is not None else [])]
+    files = {f"{_flat(_TYPES)}.py": "".join(_import(module, None, "_used") + "\n" for module in used)}
+    waiting = [*_NAMED, *used]
     while waiting:
         module = waiting.pop()
         name = f"{_flat(module)}.py"

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from rmoe_megablocks.huggingface import LlamaMoeRnnConfig
+from rmoe_megablocks.huggingface import LlamaMoeRnnConfig, RmoeConfig
 from rmoe_megablocks.huggingface.standalone import write_code
-from rmoe_megablocks.routing import HEAD, LINEAR, RECURRENCE, RESIDUAL, router_types
+from rmoe_megablocks.routing import HEAD, LINEAR, RECURRENCE, RESIDUAL, get_router_type, router_types
 from tests.huggingface.built import M, config, having, model, tokens
 
 WITHOUT = """
@@ -50,8 +50,10 @@ def test_code_beside_the_weights(tmp_path):
         made.save_pretrained(folder)
         written = write_code(folder, made.config)
         assert all("from rmoe_megablocks" not in (folder / file).read_text() for file in written)
-        others = [other for other in router_types() if other != kind and f"_{other}.py" in " ".join(written)]
-        assert not [other for other in others if any("types_state" in f and f"_{other}.py" in f for f in written)]
+        layers = [get_router_type(of).layer for of in (kind, RmoeConfig.router_type)]
+        modules = {layer.__module__.removeprefix("rmoe_megablocks.").replace(".", "_") for layer in layers if layer}
+        found = {file for file in written if file.startswith("rmoe_routing_types_state")}
+        assert found == {f"rmoe_{module}.py" for module in modules}
         torch.save(tokens(), folder / "ids.pt")
         torch.save({name: p.requires_grad for name, p in made.named_parameters()}, folder / "trained.pt")
         expected[folder] = made(tokens()).logits
