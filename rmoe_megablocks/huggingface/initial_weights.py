@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization
 
-from rmoe_megablocks.routing import RouterLayer, SharedRouting, draw
+from rmoe_megablocks.routing import SharedRouting, draw
 
 from .configuration import RmoeConfig
 from .moe import RmoeRouter
@@ -32,28 +32,23 @@ def build_shared(config: RmoeConfig) -> SharedRouting | None:
     return None if shared is None else shared.to(torch.get_default_dtype())
 
 
-def draw_routing(module: nn.Module, config: RmoeConfig) -> bool:
-    """Whether ``module`` belongs to the routing; draws then what of it was not loaded.
+def draw_router(router: RmoeRouter) -> None:
+    """Draws what of one layer's router was not loaded."""
+    kind, routing = router.config.routing()
+    if router.layer is not None:
+        _draw(router.layer, lambda: kind.layer(routing), lambda: kind.build_layer(routing))
+    elif not _loaded(router.weight):
+        weight = torch.empty_like(router.weight, dtype=torch.float32)
+        draw(routing, weight)
+        initialization.copy_(router.weight, weight)
+    if router.expert_bias is not None:
+        initialization.zeros_(router.expert_bias)
 
-    The library replaces parameters by loaded ones, all of them trained: what a type freezes is frozen again.
-    """
+
+def draw_shared(shared: SharedRouting, config: RmoeConfig) -> None:
+    """Draws what of the layers' common part was not loaded."""
     kind, routing = config.routing()
-    if isinstance(module, RmoeRouter):
-        if module.weight is not None and not _loaded(module.weight):
-            weight = torch.empty_like(module.weight, dtype=torch.float32)
-            draw(routing, weight)
-            initialization.copy_(module.weight, weight)
-        if module.expert_bias is not None:
-            initialization.zeros_(module.expert_bias)
-        return True
-    if isinstance(module, RouterLayer):
-        _draw(module, lambda: kind.layer(routing), lambda: kind.build_layer(routing))
-        return True
-    if isinstance(module, SharedRouting):
-        build = lambda: kind.build_shared(routing)  # noqa: E731
-        _draw(module, build, build)
-        return True
-    return False
+    _draw(shared, lambda: kind.build_shared(routing), lambda: kind.build_shared(routing))
 
 
 def _loaded(tensor: torch.Tensor) -> bool:
@@ -61,6 +56,7 @@ def _loaded(tensor: torch.Tensor) -> bool:
 
 
 def _draw(module: nn.Module, build: Callable[[], nn.Module], drawn: Callable[[], nn.Module]) -> None:
+    """The library replaces parameters by loaded ones, all of them trained: what a type freezes is frozen again."""
     with torch.device("meta"):
         trained = {name: parameter.requires_grad for name, parameter in build().named_parameters()}
     for name, parameter in module.named_parameters():

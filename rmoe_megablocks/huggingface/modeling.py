@@ -19,7 +19,7 @@ from .attention import RmoeAttention, RmoeRotaryEmbedding
 from .balancing import load_balancing_loss
 from .cache import CACHE, takes_both_names
 from .configuration import RmoeConfig
-from .initial_weights import build_shared, draw_routing
+from .initial_weights import build_shared, draw_router, draw_shared
 from .moe import RmoeExperts, RmoeMLP, RmoeRouter, RmoeSparseMoeBlock
 
 
@@ -76,7 +76,6 @@ class RmoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["expert_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(RmoeRouter, index=0),
         "hidden_states": RmoeDecoderLayer,
@@ -109,10 +108,13 @@ class RmoePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if draw_routing(module, self.config):
-            return
+        """The routing is drawn from above, whatever stood in its modules before: by the router, and by the model."""
         super()._init_weights(module)
-        if isinstance(module, RmoeExperts):
+        if isinstance(module, RmoeRouter):
+            draw_router(module)
+        elif isinstance(module, RmoeModel) and module.shared_router is not None:
+            draw_shared(module.shared_router, module.config)
+        elif isinstance(module, RmoeExperts):
             for weight in (module.gate_up_proj, module.down_proj):
                 initialization.normal_(weight, mean=0.0, std=self.config.initializer_range)
 

@@ -85,7 +85,7 @@ def test_routing_is_drawn_as_routing_draws_it(name, options):
     kind, routing = made.config.routing()
     router = routers(made)[0]
     torch.manual_seed(5)
-    made._init_weights(router if router.layer is None else router.layer)
+    made._init_weights(router)
     torch.manual_seed(5)
     if router.layer is None:
         expected = torch.empty_like(router.weight)
@@ -95,7 +95,7 @@ def test_routing_is_drawn_as_routing_draws_it(name, options):
         same_tensors(router.layer, kind.build_layer(routing))
     if made.model.shared_router is not None:
         torch.manual_seed(6)
-        made._init_weights(made.model.shared_router)
+        made._init_weights(made.model)
         torch.manual_seed(6)
         same_tensors(made.model.shared_router, kind.build_shared(routing))
 
