@@ -7,11 +7,25 @@ import pytest
 
 PACKAGE = "rmoe_megablocks"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
-HOSTS = {"megatron": ("megatron",), "megablocks": ("megablocks", "stk", "grouped_gemm")}
+HOSTS = {
+    "megatron": ("megatron",),
+    "megablocks": ("megablocks", "stk", "grouped_gemm"),
+    "huggingface": ("transformers", "safetensors", "huggingface_hub"),
+}
 
 ROOMS = (
-    *("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels"),
-    *("conversion", "torch_dist"),
+    "launcher",
+    "megatron",
+    "megablocks",
+    "huggingface",
+    "compat",
+    "planning",
+    "data",
+    "doctor",
+    "routing",
+    "kernels",
+    "conversion",
+    "torch_dist",
 )
 GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
 
@@ -19,10 +33,11 @@ GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_
 FORBIDDEN = {
     "routing": {*ROOMS} - {"routing", "kernels"},
     "kernels": {*ROOMS} - {"kernels"},
-    "megatron": {"launcher", "megablocks", "doctor", "conversion"},
-    "megablocks": {"launcher", "megatron", "doctor", "conversion", "torch_dist"},
-    "compat": {"launcher", "megatron", "megablocks", "planning", "doctor", "conversion", "torch_dist"},
-    "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor", "conversion", "torch_dist"},
+    "megatron": {"launcher", "megablocks", "huggingface", "doctor", "conversion"},
+    "megablocks": {"launcher", "megatron", "huggingface", "doctor", "conversion", "torch_dist"},
+    "huggingface": {*ROOMS} - {"huggingface", "routing"},
+    "compat": {"launcher", "megatron", "megablocks", "huggingface", "planning", "doctor", "conversion", "torch_dist"},
+    "data": {*ROOMS} - {"data"},
     "launcher": {"planning", "doctor", "conversion"},
     "torch_dist": {*ROOMS} - {"torch_dist"},
     "conversion": {"launcher", "megablocks", "planning", "doctor"},
@@ -76,6 +91,8 @@ def test_imports_point_down(path):
         ("megatron", "from rmoe_megablocks import launcher"),
         ("planning", "from rmoe_megablocks import cli"),
         ("routing", "from ..megablocks import layer"),
+        ("routing", "import transformers"),
+        ("huggingface", "from rmoe_megablocks.megatron import balancing"),
     ],
 )
 def test_a_climbing_import_is_found(room, source):
