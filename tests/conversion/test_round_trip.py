@@ -88,6 +88,18 @@ def test_padding_is_left_out_of_the_model_and_kept_beside_it(made, tmp_path):
     assert torch.equal(model.output_layer.weight[:256], opened.read("lm_head.weight"))
 
 
+def test_the_other_name_of_the_norm_before_experts(made, tmp_path):
+    """As Transformer Engine's layers write and read it: accepted, and written where it was asked for."""
+    _, folder, again = written(made, tmp_path, *CELLS["stacked, untied, gru"])
+    import_folder(folder, tmp_path / "engine", transformer_engine=True)
+    ours, theirs = tensors(tmp_path / "engine" / "release"), tensors(again / "release")
+    moved = ours.pop("decoder.layers.pre_mlp_layernorm.weight")
+    assert torch.equal(moved, theirs.pop("decoder.layers.mlp.linear_fc1.layer_norm_weight"))
+    assert ours.keys() == theirs.keys()
+    export(tmp_path / "engine", tmp_path / "twice", PLAIN)
+    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 def test_multi_token_prediction_is_named(made, tmp_path):
     checkpoints = made(*CELLS["stacked, untied, gru"], "--mtp-num-layers", "1")
     said = export(checkpoints, tmp_path / "folder", PLAIN)
