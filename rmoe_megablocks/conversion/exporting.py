@@ -62,9 +62,7 @@ def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned:
     ) as bar:
         shards.write(place, planned, found.weights, identity, bar.update)
     ids = tokenizers.write(tokenizer, place, found.config["max_position_embeddings"])
-    dtype = str(found.weights.sources[0].dtype).removeprefix(
-        "torch."
-    )  # the embedding's: Megatron's parameters have one
+    dtype = str(found.weights.sources[0].dtype).removeprefix("torch.")  # of the embedding, and so of all parameters
     _write_json(place / "config.json", {**found.config, **ids, "dtype": dtype})
     _write_json(place / "generation_config.json", ids)
     difference = None
