@@ -65,6 +65,7 @@ def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned:
     dtype = str(found.weights.sources[0].dtype).removeprefix("torch.")  # of the embedding, and so of all parameters
     _write_json(place / "config.json", {**found.config, **ids, "dtype": dtype})
     _write_json(place / "generation_config.json", ids)
+    _write_code(place)
     difference = None
     if options.verify:
         partial.say("comparing logits with Megatron's, on the CPU")
@@ -83,6 +84,20 @@ def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned:
     (place / shards.PROGRESS).unlink(missing_ok=True)
     shards.write_checksums(place, partial.is_ours)
     return difference
+
+
+def _write_code(place: Path) -> None:
+    """The model's code beside the weights, for ``trust_remote_code``; why there is none is told."""
+    try:
+        from rmoe_megablocks.huggingface import RmoeConfig
+        from rmoe_megablocks.huggingface.standalone import write_code
+    except ImportError:
+        partial.say("no code beside the weights: that needs transformers; where this package is, the folder loads")
+        return
+    try:
+        write_code(place, RmoeConfig.from_pretrained(place))
+    except ValueError as error:
+        partial.say(f"no code beside the weights: {error}")
 
 
 def _open(checkpoint: Path, options: Options) -> tuple[Source, Tokenizer]:

@@ -55,6 +55,8 @@ def twice(folder: Path) -> None:
 
 
 IMPORTS = {
+    "activation": (lambda f: config(f, hidden_act="gelu"), "hidden_act 'gelu' is not among what a checkpoint can say"),
+    "scaled": (lambda f: config(f, moe_shared_expert_scaling=0.5), "moe_shared_expert_scaling 0.5 is not among"),
     "missing": (
         lambda f: change(f, lambda t: t.pop("model.layers.1.mlp.router.layer.projector")),
         "model.layers.1.mlp.router.layer.projector is missing",
@@ -94,6 +96,11 @@ IMPORTS = {
         f"{WEIGHTS} is not as SHA256SUMS says",
     ),
 }
+
+
+def test_the_code_is_beside_the_weights(exported):
+    assert json.loads((exported / "config.json").read_text())["auto_map"]["AutoConfig"].startswith("configuration_rmoe")
+    assert "class RmoeForCausalLM" in (exported / "modeling_rmoe.py").read_text()
 
 
 @pytest.mark.parametrize("case", IMPORTS)

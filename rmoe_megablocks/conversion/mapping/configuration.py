@@ -150,6 +150,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     rope = config["rope_parameters"]
     if rope.get("rope_type", "default") != "default" or not isinstance(rope.get("rope_theta"), int | float):
         raise UsageError(f"config.json: rope_parameters must be of rope_type default with a rope_theta, got {rope}")
+    for key, value, plain in (
+        ("hidden_act", config.get("hidden_act"), (None, "silu")),
+        ("moe_shared_expert_scaling", config.get("moe_shared_expert_scaling"), (None, 1, 1.0)),
+        ("rope_parameters' partial_rotary_factor", rope.get("partial_rotary_factor"), (None, 1, 1.0)),
+    ):
+        if value not in plain:
+            raise UsageError(f"config.json: {key} {value!r} is not among what a checkpoint can say, only {plain[-1]!r}")
     if not isinstance(config.get("rms_norm_eps"), float) or not isinstance(config.get("tie_word_embeddings"), bool):
         raise UsageError("config.json: rms_norm_eps must be a number and tie_word_embeddings true or false")
     if config.get("router_dtype") not in _DTYPES.values():
