@@ -10,6 +10,8 @@ from rmoe_megablocks.compat.megablocks import cli as install_cli
 from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.evaluation import cli as evaluation_cli
+from rmoe_megablocks.generation import cli as generation_cli
 from rmoe_megablocks.planning import cli as plan_cli
 
 
@@ -29,14 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     data_cli.add_arguments(commands)
     plan_cli.add_arguments(commands)
     conversion_cli.add_arguments(commands)
+    evaluation_cli.add_arguments(commands)
+    generation_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
-        if args.megatron_arguments and args.command != "plan":
+        if args.megatron_arguments and args.command not in ("plan", "eval"):
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {
             **{"data": data_cli.run, "plan": plan_cli.run, "doctor": doctor.run, "install": install_cli.run},
+            **{"eval": evaluation_cli.run, "generate": generation_cli.run},
             **dict.fromkeys(("export", "import"), conversion_cli.run),
         }
         return run[args.command](args)
