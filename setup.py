@@ -26,8 +26,15 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.14",
 ]
 
+HF = [
+    "transformers>=5.17,<5.25",  # the releases whose idiom rmoe_megablocks/huggingface follows
+    "safetensors>=0.5",
+]
+
 EXTRAS_REQUIRE = {
+    "hf": HF,
     "test": [
+        *HF,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.15",
@@ -41,7 +48,6 @@ EXTRAS_REQUIRE = {
 # <<< requirements
 
 # Not above: nothing that launch/environment.sh makes needs it.
-EXTRAS_REQUIRE["hf"] = ["transformers>=5.17,<5.25", "safetensors>=0.5", "accelerate>=1.0"]  # rmoe export, rmoe import
 EXTRAS_REQUIRE["studies"] = ["matplotlib>=3.8"]  # python -m studies.router_init report --figure
 
 setup(

@@ -7,25 +7,55 @@ import pytest
 
 PACKAGE = "rmoe_megablocks"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
-HOSTS = {"megatron": ("megatron",), "megablocks": ("megablocks", "stk", "grouped_gemm")}
+HOSTS = {
+    "megatron": ("megatron",),
+    "megablocks": ("megablocks", "stk", "grouped_gemm"),
+    "huggingface": ("transformers", "safetensors", "huggingface_hub"),
+}
 
 ROOMS = (
-    *("launcher", "megatron", "megablocks", "compat", "planning", "data", "doctor", "routing", "kernels"),
-    *("conversion", "torch_dist"),
+    "launcher",
+    "megatron",
+    "megablocks",
+    "huggingface",
+    "compat",
+    "planning",
+    "data",
+    "doctor",
+    "routing",
+    "kernels",
+    "conversion",
+    "evaluation",
+    "generation",
+    "torch_dist",
 )
+AFTER = ("evaluation", "generation")  # what is done with a trained model
 GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
 
 # room -> rooms and foreign packages that nothing in it imports
 FORBIDDEN = {
     "routing": {*ROOMS} - {"routing", "kernels"},
     "kernels": {*ROOMS} - {"kernels"},
-    "megatron": {"launcher", "megablocks", "doctor", "conversion"},
-    "megablocks": {"launcher", "megatron", "doctor", "conversion", "torch_dist"},
-    "compat": {"launcher", "megatron", "megablocks", "planning", "doctor", "conversion", "torch_dist"},
-    "data": {"launcher", "megatron", "megablocks", "compat", "planning", "doctor", "conversion", "torch_dist"},
-    "launcher": {"planning", "doctor", "conversion"},
+    "megatron": {"launcher", "megablocks", "huggingface", "doctor", "conversion", *AFTER},
+    "megablocks": {"launcher", "megatron", "huggingface", "doctor", "conversion", "torch_dist", *AFTER},
+    "huggingface": {*ROOMS} - {"huggingface", "routing"},
+    "compat": {
+        "launcher",
+        "megatron",
+        "megablocks",
+        "huggingface",
+        "planning",
+        "doctor",
+        "conversion",
+        "torch_dist",
+        *AFTER,
+    },
+    "data": {*ROOMS} - {"data"},
+    "launcher": {"planning", "doctor", "conversion", *AFTER},
     "torch_dist": {*ROOMS} - {"torch_dist"},
-    "conversion": {"launcher", "megablocks", "planning", "doctor"},
+    "conversion": {"launcher", "megablocks", "planning", "doctor", *AFTER},
+    "evaluation": {"launcher", "megablocks", "planning", "doctor", "generation"},
+    "generation": {"launcher", "megatron", "megablocks", "planning", "doctor"},
     **dict.fromkeys(GROUND_FLOOR, set(ROOMS)),
 }
 HOSTLESS = ("routing", "kernels", *GROUND_FLOOR)  # do not import the upstreams either
@@ -76,6 +106,8 @@ def test_imports_point_down(path):
         ("megatron", "from rmoe_megablocks import launcher"),
         ("planning", "from rmoe_megablocks import cli"),
         ("routing", "from ..megablocks import layer"),
+        ("routing", "import transformers"),
+        ("huggingface", "from rmoe_megablocks.megatron import balancing"),
     ],
 )
 def test_a_climbing_import_is_found(room, source):

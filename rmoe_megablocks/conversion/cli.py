@@ -1,6 +1,7 @@
 """The commands ``rmoe export`` and ``rmoe import``."""
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _trust(add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command for parsed arguments; 0. Raises UsageError with one line for bad input."""
+    """Run the command for parsed arguments; 0, or 130 after Ctrl-C. Raises UsageError with one line for bad input."""
     _need("safetensors")
     with quiet_logging(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's about packages that nothing here needs
@@ -66,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
         from rmoe_megablocks.conversion import storage
 
         target = args.folder if args.command == "export" else args.checkpoint
-        with storage.in_one_line(target, SafetensorError):
-            lines = _export(args) if args.command == "export" else _import(args)
+        try:
+            with storage.in_one_line(target, SafetensorError):
+                lines = _export(args) if args.command == "export" else _import(args)
+        except KeyboardInterrupt:
+            print(f"rmoe: stopped; {target} was not written", file=sys.stderr)
+            return 130
     for line in lines:
         print(line)
     return 0

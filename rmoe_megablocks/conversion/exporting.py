@@ -9,15 +9,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rmoe_megablocks.conversion import partial
 from rmoe_megablocks.conversion import source as sources
 from rmoe_megablocks.conversion.folder import card, shards, tokenizers
+from rmoe_megablocks.conversion.folder.shards import Shard
+from rmoe_megablocks.conversion.folder.tokenizers import Tokenizer
 from rmoe_megablocks.conversion.source import Source
+from rmoe_megablocks.conversion.verification import comparison
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints.files import write_atomically
 from rmoe_megablocks.process import progress_stream
 from rmoe_megablocks.torch_dist.unpickling import INDEX
-
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -41,48 +43,49 @@ def export(checkpoint: Path, folder: Path, options: Options) -> list[str]:
     Raises:
         UsageError: one line; nothing is left in the place of ``folder``.
     """
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder} exists: name a new folder, or remove it")
+    partial.check_new(folder)
     found, tokenizer = _open(checkpoint, options)
     if options.verify:
-        from rmoe_megablocks.conversion.verification import comparison
-
         comparison.check_available()
-    partial = folder.with_name(folder.name + _PARTIAL)
-    partial.mkdir(parents=True, exist_ok=True)
     planned = shards.plan(found.weights, options.max_shard_size)
+    with partial.writing(folder, "FOLDER") as place:
+        difference = _write(place, folder.name, found, tokenizer, planned, options)
+    return _told(found, folder, planned, difference)
+
+
+def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned: list[Shard], options: Options):
+    """Everything that the folder has, in ``place``; the measured difference in words, None if it was not measured."""
     identity = hashlib.sha256((found.folder / INDEX).read_bytes() + str(options.max_shard_size).encode()).hexdigest()
-    _forget_others(partial, planned)
-    total = sum(shard.size for shard in planned)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, file=progress_stream()) as bar:
-        shards.write(partial, planned, found.weights, identity, bar.update)
-    ids = tokenizers.write(tokenizer, partial, found.config["max_position_embeddings"])
-    _write_json(partial / "config.json", _with_dtype(found))
-    _write_json(partial / "generation_config.json", ids)
+    _forget_others(place, planned)
+    with tqdm(
+        total=_bytes(planned), unit="B", unit_scale=True, mininterval=1.0, desc=name, file=progress_stream()
+    ) as bar:
+        shards.write(place, planned, found.weights, identity, bar.update)
+    ids = tokenizers.write(tokenizer, place, found.config["max_position_embeddings"])
+    dtype = str(found.weights.sources[0].dtype).removeprefix("torch.")  # of the embedding, and so of all parameters
+    _write_json(place / "config.json", {**found.config, **ids, "dtype": dtype})
+    _write_json(place / "generation_config.json", ids)
     difference = None
     if options.verify:
-        difference = comparison.compare(found, partial, tokenizer)
-    run = options.run or _run_of(found.folder)
+        partial.say("comparing logits with Megatron's, on the CPU")
+        difference = comparison.compare(found, place, tokenizer, options.trusts_router)
     facts = card.Facts(
-        name=folder.name,
+        name=name,
         config=found.config,
         parameters=sources.parameters(found.config),
         iteration=found.iteration,
-        run=run,
+        run=options.run or _run_of(found.folder),
         difference=difference,
         left_out=found.weights.left_out,
         tokenizer=tokenizer.kind,
     )
-    write_atomically(partial / "README.md", card.text(facts))
-    (partial / shards.PROGRESS).unlink(missing_ok=True)
-    shards.write_checksums(partial)
-    if folder.exists():
-        raise UsageError(f"{folder} has appeared meanwhile: the export is in {partial}")
-    partial.rename(folder)
-    return _told(found, folder, len(planned), total, difference)
+    write_atomically(place / "README.md", card.text(facts))
+    (place / shards.PROGRESS).unlink(missing_ok=True)
+    shards.write_checksums(place, partial.is_ours)
+    return difference
 
 
-def _open(checkpoint: Path, options: Options) -> tuple[Source, tokenizers.Tokenizer]:
+def _open(checkpoint: Path, options: Options) -> tuple[Source, Tokenizer]:
     """The checkpoint and its tokenizer, which may have to say how large the vocabulary is."""
     named = tokenizers.choose(None, options.tokenizer) if options.tokenizer else None
     size = named.vocab_size if named and named.kind not in ("bytes", "none") else None
@@ -100,17 +103,16 @@ def _open(checkpoint: Path, options: Options) -> tuple[Source, tokenizers.Tokeni
     return found, tokenizer
 
 
-def _forget_others(partial: Path, planned: list[shards.Shard]) -> None:
+def _forget_others(place: Path, planned: list[Shard]) -> None:
     """Removes what an export with other options, or a kill, left behind."""
     kept = {shards.PROGRESS, *(shard.file for shard in planned)}
-    for path in partial.iterdir():
-        if path.is_file() and path.name not in kept:
+    for path in place.iterdir():
+        if path.is_file() and path.name not in kept and not partial.is_ours(path.name):
             path.unlink()
 
 
-def _with_dtype(found: Source) -> Mapping[str, Any]:
-    """config.json; its dtype is that of the embedding, as Megatron's parameters have one."""
-    return {**found.config, "dtype": str(found.weights.sources[0].dtype).removeprefix("torch.")}
+def _bytes(planned: list[Shard]) -> int:
+    return sum(shard.size for shard in planned)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -123,7 +125,8 @@ def _run_of(checkpoint: Path) -> Path | None:
     return run if (run / "summary.json").is_file() or (run / "metrics.jsonl").is_file() else None
 
 
-def _told(found: Source, folder: Path, files: int, size: int, difference: str | None) -> list[str]:
+def _told(found: Source, folder: Path, planned: list[Shard], difference: str | None) -> list[str]:
+    files, size = len(planned), _bytes(planned)
     lines = [f"{folder}: iteration {found.iteration}, {size:,} bytes of weights in {files} file{'s' * (files != 1)}"]
     padding = max((source.padding for source in found.weights.sources), default=0)
     if padding:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rmoe_megablocks.conversion import partial
 from rmoe_megablocks.conversion import source as sources
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.conversion.folder.reading import Folder
@@ -23,7 +24,6 @@ from rmoe_megablocks.process import progress_stream
 from rmoe_megablocks.torch_dist.reading import COMMON_STATE
 from rmoe_megablocks.torch_dist.writing import Chunk, write
 
-_PARTIAL = ".partial"
 _RELEASE = "release"  # Megatron's name for weights without a training state
 _EMPTY = [None]  # what Megatron's linear layers store beside their weights without Transformer Engine
 
@@ -42,8 +42,7 @@ def import_folder(
     Raises:
         UsageError: one line that names what is missing, too much, of a wrong size, or cannot be expressed.
     """
-    if checkpoint.exists() or checkpoint.is_symlink():
-        raise UsageError(f"{checkpoint} exists: name a new folder, or remove it")
+    partial.check_new(checkpoint)
     opened = Folder(folder)
     sources.check_router(opened.config.get("router_type", "linear"), trusts_router, str(folder / "config.json"))
     check_config(opened.config)
@@ -65,17 +64,17 @@ def write_checkpoint(
     chunks = list(_chunks(opened, wanted, padding, transformer_engine))
     rows = {chunk.size[0] for chunk in chunks if chunk.name == "embedding.word_embeddings.weight"}
     args = _arguments(opened.config, *rows)
-    partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # an import is not taken up again: its one file is written in one go
-    partial.mkdir(parents=True)
     size = sum(_bytes(chunk) for chunk in chunks)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=checkpoint.name, file=progress_stream()) as bar:
-        shown = [_shown(chunk, bar) for chunk in chunks]
-        write(partial / _RELEASE, shown, _objects(opened.config, wanted, args))
-    files.write_atomically(partial / _RELEASE / files.CONFIG, json.dumps(sources.FORMAT))
-    _seal(partial / _RELEASE)
-    files.write_atomically(partial / files.TRACKER, _RELEASE)
-    partial.rename(checkpoint)
+    with partial.writing(checkpoint, "CHECKPOINT") as place:
+        release = place / _RELEASE
+        shutil.rmtree(release, ignore_errors=True)  # an import is not taken up again: its one file is written in one go
+        with tqdm(
+            total=size, unit="B", unit_scale=True, mininterval=1.0, desc=checkpoint.name, file=progress_stream()
+        ) as bar:
+            write(release, [_shown(chunk, bar) for chunk in chunks], _objects(opened.config, wanted, args))
+        files.write_atomically(release / files.CONFIG, json.dumps(sources.FORMAT))
+        _seal(release)
+        files.write_atomically(place / files.TRACKER, _RELEASE)
 
 
 def _check(folder: Folder, wanted: Sequence[Entry]) -> None:
@@ -91,9 +90,22 @@ def _check(folder: Folder, wanted: Sequence[Entry]) -> None:
             problems.append(f"{name} is {list(found[0])}, config.json makes it {list(shape)}")
         elif found and found[1] not in DTYPES:
             problems.append(f"{name} is of {found[1]}, expected fp32, bf16 or fp16")
+    problems += _mixed(folder, wanted)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UsageError(f"{folder.folder}: {'; '.join(problems[:3])}{more}")
+
+
+def _mixed(folder: Folder, wanted: Sequence[Entry]) -> Iterator[str]:
+    """Weights of other precisions than those that share a tensor of Megatron with them: one would be rounded."""
+    first: dict[tuple[str, ...], tuple[str, torch.dtype]] = {}
+    for entry in wanted:
+        for name in entry.names if entry.dtype is None else ():
+            if name in folder.tensors:
+                dtype = folder.tensors[name][1]
+                other, expected = first.setdefault(entry.keys, (name, dtype))
+                if dtype != expected:
+                    yield f"{name} is of {dtype}, {other} of {expected}: Megatron keeps both in one tensor"
 
 
 def _chunks(folder: Folder, wanted: Sequence[Entry], padding: Mapping[str, Tensor], engine: bool) -> Iterator[Chunk]:

@@ -85,7 +85,13 @@ def check_format(folder: Path) -> None:
         )
 
 
-def open_source(checkpoint: Path, step: int | None, vocab_size: int | None, trusts_router: bool = False) -> Source:
+def open_source(
+    checkpoint: Path,
+    step: int | None,
+    vocab_size: int | None,
+    trusts_router: bool = False,
+    any_vocabulary: bool = False,
+) -> Source:
     """Reads everything but the weights.
 
     Args:
@@ -93,6 +99,7 @@ def open_source(checkpoint: Path, step: int | None, vocab_size: int | None, trus
         step: ``--ckpt-step``.
         vocab_size: of the tokenizer, where the run's arguments lack it.
         trusts_router: whether a router type of somebody's module may be imported.
+        any_vocabulary: for who does not ask which rows are padding.
 
     Raises:
         UsageError: one line that names what is damaged, missing, unsafe, or what the written model cannot express.
@@ -105,7 +112,7 @@ def open_source(checkpoint: Path, step: int | None, vocab_size: int | None, trus
     if not isinstance(args, argparse.Namespace):
         raise UsageError(f"{folder} does not hold the arguments of its run, so its model is not known")
     check_router(getattr(args, "moe_router_type", "linear"), trusts_router, str(folder))
-    size = vocabulary(args, vocab_size, folder)
+    size = 1 if any_vocabulary else vocabulary(args, vocab_size, folder)
     try:
         config = config_of(args, size)
         found = mapped.find(reader, entries(config), config)
@@ -156,7 +163,7 @@ class UnknownVocabulary(UsageError):
 def vocabulary(args: argparse.Namespace, vocab_size: int | None, folder: Path) -> int:
     """Tokens of the vocabulary, without the rows that Megatron adds."""
     said, padded = getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None)
-    size = vocab_size or said
+    size = said or vocab_size
     if not size:
         raise UnknownVocabulary(folder, args)
     if padded and size > padded:

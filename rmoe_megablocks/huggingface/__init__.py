@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rmoe_megablocks.huggingface.configuration import RmoeConfig
 from rmoe_megablocks.huggingface.modeling import RmoeForCausalLM, RmoeModel, RmoePreTrainedModel
+from rmoe_megablocks.huggingface.release import check
 
+check()
 AutoConfig.register(RmoeConfig.model_type, RmoeConfig)
 AutoModel.register(RmoeConfig, RmoeModel)
 AutoModelForCausalLM.register(RmoeConfig, RmoeForCausalLM)

@@ -98,8 +98,8 @@ class RmoePreTrainedModel(PreTrainedModel):
         stages = getattr(distributed_config, "pp_size", None) or 1
         if stages > 1:
             raise ValueError(
-                f"pp_size={stages}: the library's pipeline stages would lose the routing state; use pp_size=1, or train "
-                "over pipeline stages with Megatron"
+                f"pp_size={stages}: the library's pipeline stages would lose the routing state; use pp_size=1, or "
+                "train over pipeline stages with Megatron"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
@@ -176,7 +176,7 @@ class RmoeModel(RmoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _refuse_reentrant(self, output_router_logits: bool | None) -> None:
-        """Logits recorded inside of a reentrant checkpoint have no gradient, and a loss made of them would not train."""
+        """Logits recorded inside of a reentrant checkpoint have no gradient: a loss made of them would not train."""
         if not (output_router_logits and self.training and torch.is_grad_enabled()):
             return
         for layer in self.layers:

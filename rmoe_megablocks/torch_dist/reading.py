@@ -52,11 +52,15 @@ class Reader:
         entry = self.tensors[name]
         size = entry.size if shape is None else torch.Size(shape)
         offsets = torch.Size([*first, *[0] * (len(size) - len(first))])
-        target = torch.empty(size, dtype=entry.properties.dtype)
         wanted = [ChunkStorageMetadata(offsets=offsets, sizes=size)]
         items = create_read_items_for_chunk_list(name, entry, wanted)
-        if sum(item.lengths.numel() for item in items) != target.numel():
+        if sum(item.lengths.numel() for item in items) != size.numel():
             raise ValueError(f"{name}: the stored chunks do not cover it")
+        if len(items) == 1:
+            whole = _Kept(size)
+            self._reader.read_data(LoadPlan(items), _Into(whole, offsets))
+            return whole.tensor
+        target = torch.empty(size, dtype=entry.properties.dtype)
         self._reader.read_data(LoadPlan(items), _Into(target, offsets))
         return target
 
@@ -91,14 +95,33 @@ def load_object(content: bytes) -> object:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+class _Kept:
+    """Stands for the tensor that is read into, and keeps what is read: memory holds it once and not twice."""
+
+    def __init__(self, size: torch.Size) -> None:
+        self._size = size
+        self.tensor = torch.empty(0)
+
+    def detach(self) -> "_Kept":
+        return self
+
+    def size(self) -> torch.Size:
+        return self._size
+
+    def copy_(self, read: Tensor) -> None:
+        self.tensor = read if read.untyped_storage().nbytes() == read.nbytes else read.clone()  # not a part of more
+
+
 class _Into(LoadPlanner):
     """Puts what is read into one tensor."""
 
-    def __init__(self, target: Tensor, offsets: torch.Size) -> None:
+    def __init__(self, target: Tensor | _Kept, offsets: torch.Size) -> None:
         self._target, self._offsets = target, offsets
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor | _Kept:
         part = self._target
+        if isinstance(part, _Kept):
+            return part
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(axis, start, length)
         return part

@@ -17,6 +17,7 @@ from tests.faults import full
 
 NAME = f"iter_{models.ITERATION:07d}"
 WEIGHTS = "model.safetensors"
+MIXED = "model.layers.1.mlp.experts.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,10 @@ IMPORTS = {
     "wrong size": (
         lambda f: change(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         "model.norm.weight is [31], config.json makes it [32]",
+    ),
+    "mixed precisions": (
+        lambda f: change(f, lambda t: t.update({MIXED: t[MIXED].bfloat16()})),
+        "Megatron keeps both in one tensor",
     ),
     "whole numbers": (
         lambda f: change(f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})),
@@ -172,6 +177,15 @@ def test_what_exists_stays(made, exported, tmp_path, capsys, command):
 )
 def test_options(made, tmp_path, capsys, words, expected):
     assert expected in refused(capsys, "export", made(*UNTIED, *GRU), tmp_path / "folder", "--no-verify", *words)
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_somebody_elses_folder_is_not_emptied(made, exported, tmp_path, capsys, command):
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "thesis").write_text("mine")
+    what = made(*UNTIED, *GRU) if command == "export" else exported
+    assert "new.partial exists and is not" in refused(capsys, command, what, tmp_path / "new")
+    assert (tmp_path / "new.partial" / "thesis").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["export", "import"])

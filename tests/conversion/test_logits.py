@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import rmoe_megablocks.huggingface  # noqa: F401  registers the model type
 from rmoe_megablocks.conversion.exporting import Options, export
 from rmoe_megablocks.conversion.verification.comparison import judge
 from rmoe_megablocks.errors import UsageError
 from tests.conversion import made as models
 from tests.conversion.cells import ALL_CELLS, CELLS, DENSE_FIRST, GROUPED, GRU, UNTIED
 
-huggingface = pytest.importorskip("rmoe_megablocks.huggingface")
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(3))
 
 

@@ -84,6 +84,30 @@ def test_padding_is_left_out_of_the_model_and_kept_beside_it(made, tmp_path):
     import_folder(folder, tmp_path / "unpadded")
     assert list(Reader(tmp_path / "unpadded" / "release").tensors["output_layer.weight"].size) == [256, 32]
     assert list(Reader(again / "release").tensors["output_layer.weight"].size) == [288, 32]
+    model, _ = models.build(*CELLS[cell])  # pads its vocabulary to 288 rows, and loads 256
+    models.load(model, tmp_path / "unpadded" / "release")
+    assert torch.equal(model.output_layer.weight[:256], opened.read("lm_head.weight"))
+
+
+def test_the_other_name_of_the_norm_before_experts(made, tmp_path):
+    """As Transformer Engine's layers write and read it: accepted, and written where it was asked for."""
+    _, folder, again = written(made, tmp_path, *CELLS["stacked, untied, gru"])
+    import_folder(folder, tmp_path / "engine", transformer_engine=True)
+    ours, theirs = tensors(tmp_path / "engine" / "release"), tensors(again / "release")
+    moved = ours.pop("decoder.layers.pre_mlp_layernorm.weight")
+    assert torch.equal(moved, theirs.pop("decoder.layers.mlp.linear_fc1.layer_norm_weight"))
+    assert ours.keys() == theirs.keys()
+    export(tmp_path / "engine", tmp_path / "twice", PLAIN)
+    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_multi_token_prediction_is_named(made, tmp_path):
+    checkpoints = made(*CELLS["stacked, untied, gru"], "--mtp-num-layers", "1")
+    said = export(checkpoints, tmp_path / "folder", PLAIN)
+    names = [name for name in Reader(checkpoints / f"iter_{models.ITERATION:07d}").tensors if name.startswith("mtp.")]
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert len(names) > 5 and all(name in said[-1] and f"`{name}`" in card for name in names)
+    assert not [name for name in Folder(tmp_path / "folder").tensors if "mtp" in name]
 
 
 def test_precisions(made, tmp_path):

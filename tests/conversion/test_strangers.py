@@ -65,7 +65,7 @@ def poison_object(key: str):
 POISONS = {
     "index": poison_index,
     "common state": poison_object("common_state"),
-    "extra state": poison_object("decoder.layers.self_attention.linear_proj._extra_state"),
+    "extra state": poison_object("decoder.layers.self_attention.linear_proj._extra_state/shard_0_3"),
 }
 
 

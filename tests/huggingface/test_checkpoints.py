@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from rmoe_megablocks.huggingface import RmoeForCausalLM, RmoeModel
 from rmoe_megablocks.huggingface.initial_weights import build_shared
 from rmoe_megablocks.routing import HEAD, INIT, LINEAR, SHARE_HEAD, get_router_type
-from tests.huggingface.built import TYPES, M, config, having, model, routers, tokens
+from tests.huggingface.built import TYPES, M, close, config, having, model, routers, tokens
 
 SHARED_HEADS = [(name, {SHARE_HEAD: "all", HEAD: "cosine"}) for name in having(SHARE_HEAD)[:1]]
 KINDS = [*((name, {}) for name in TYPES), *SHARED_HEADS]
@@ -40,7 +40,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, options):
     assert type(found) is RmoeForCausalLM and not any(told.values())
     same_tensors(found, made)
     assert found.config.to_dict() | {"_name_or_path": ""} == made.config.to_dict()
-    assert found(tokens()).logits.equal(made(tokens()).logits)
+    close(found(tokens()).logits, made(tokens()).logits, 1e-4)  # products depend on where in memory weights lie
 
 
 @pytest.mark.parametrize("kinds", [{}, dict(tie_word_embeddings=True, attention_bias=True, qk_norm=True,

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from rmoe_megablocks.huggingface import RmoeConfig, RmoeForCausalLM
+from rmoe_megablocks.huggingface import RmoeConfig, RmoeForCausalLM, RmoePreTrainedModel, release
 from rmoe_megablocks.routing import RESIDUAL, STATE_SIZE
 from tests.huggingface.built import config, model
 
@@ -14,7 +14,7 @@ BAD = [
     (dict(router_options={"moe_router_rnn_size": 3}), "moe_router_rnn_size is no argument of router_type 'gru'"),
     (dict(router_type="linear", router_options={STATE_SIZE.dest: 3}), "no argument of router_type 'linear' but of"),
     (dict(router_options={STATE_SIZE.dest: 0}), "must be at least 1, got 0"),
-    (dict(router_type="product_key", num_experts=5), "square number of experts"),
+    (dict(router_type="product_key", router_options={}, num_experts=5), "square number of experts"),
     (dict(router_score_function="sqrtsoftplus"), "router_score_function must be one of softmax, sigmoid"),
     (dict(router_aux_loss_reduction="max"), "router_aux_loss_reduction must be one of sum, mean"),
     (dict(router_dtype="bfloat16"), "router_dtype must be one of None, float32, float64"),
@@ -65,3 +65,14 @@ def test_pipeline_stages(tmp_path):
 def test_flash_attention_was_not_tried():
     with pytest.raises(ValueError, match="(?i)flash"):
         RmoeForCausalLM._from_config(config(), attn_implementation="flash_attention_2")
+
+
+def test_releases():
+    release.check()
+    with pytest.raises(ImportError, match="needs transformers 5.17 or later, this is 5.2.0"):
+        release.check(version="5.2.0")
+    for name in release.TOUCHED:
+        assert name in vars(RmoePreTrainedModel)
+        without = type("Model", (), {other: None for other in release.TOUCHED if other != name})
+        with pytest.raises(ImportError, match=f"no PreTrainedModel.{name} any more"):
+            release.check(without)

@@ -113,8 +113,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     new.replace(path)
 
 
-def write_checksums(folder: Path) -> None:
-    """SHA256SUMS of every file of ``folder``, as ``sha256sum -c`` reads it."""
+def write_checksums(folder: Path, left_out: Callable[[str], bool] = lambda name: False) -> None:
+    """SHA256SUMS of the files of ``folder``, as ``sha256sum -c`` reads it, but of those ``left_out``."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name not in (CHECKSUMS, PROGRESS)]
+    names = [name for name in names if name != CHECKSUMS and not left_out(name)]
     write_atomically(folder / CHECKSUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))

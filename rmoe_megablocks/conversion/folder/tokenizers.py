@@ -123,26 +123,20 @@ def _bytes(eod: int | None) -> Any:
 def _fast(path: Path) -> Any:
     """A SentencePiece model in the form of the tokenizers library, with the special pieces that it names."""
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SpmConverter
 
     model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
-
-    class Slow:
-        vocab_file = os.fspath(path)
-
-    class Converter(SpmConverter):
-        handle_byte_fallback = any(model.is_byte(piece) for piece in range(model.vocab_size()))
-
-        def post_processor(self) -> None:
-            return None  # data is prepared without a token in front
-
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    of_pairs = proto.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)} if of_pairs else pieces
     kinds = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
     kinds["pad_token"] = model.pad_id()
     special = {kind: model.id_to_piece(piece) for kind, piece in kinds.items() if piece >= 0}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Converter(Slow()).converted(), clean_up_tokenization_spaces=False, **special
-    )
+    fast = SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **special)
 
 
 def _compare(path: Path, fast: Any) -> None:

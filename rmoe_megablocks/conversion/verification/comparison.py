@@ -33,8 +33,11 @@ def check_available() -> None:
             raise UsageError(f"comparing logits needs {module}, which is not installed: {fix}, or add --no-verify")
 
 
-def compare(source: Source, folder: Path, tokenizer: tokenizers.Tokenizer) -> str:
+def compare(source: Source, folder: Path, tokenizer: tokenizers.Tokenizer, trusts_router: bool = False) -> str:
     """The measured difference in words. Both models compute in fp32, whatever the weights are stored in.
+
+    Args:
+        trusts_router: whether both may import the module of a router type module:Class.
 
     Raises:
         UsageError: they differ by more than rounding; or a model could not be built, with the last line it said.
@@ -46,8 +49,9 @@ def compare(source: Source, folder: Path, tokenizer: tokenizers.Tokenizer) -> st
     with tempfile.TemporaryDirectory(prefix="rmoe-") as scratch:
         place = Path(scratch)
         np.save(place / "ids.npy", np.array(ids, np.int64).reshape(SEQUENCES, length))
-        megatrons = _logits("megatron_logits", source.folder, place)[..., :vocabulary]
-        ours = _logits("huggingface_logits", folder, place)
+        router = [source.config["router_type"]] if trusts_router else []
+        megatrons = _logits("megatron_logits", source.folder, place, router)[..., :vocabulary]
+        ours = _logits("huggingface_logits", folder, place, router)
     return judge(megatrons, ours)
 
 
@@ -67,19 +71,11 @@ def judge(megatrons: np.ndarray, ours: np.ndarray) -> str:
     return said[0].upper() + said[1:] + "."
 
 
-def _logits(module: str, model: Path, scratch: Path) -> np.ndarray:
+def _logits(module: str, model: Path, scratch: Path, router: list[str]) -> np.ndarray:
     """Runs one of the two modules beside this one in a process of its own, whose memory goes with it."""
     out = scratch / f"{module}.npy"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        _HERE + module,
-        str(model.absolute()),
-        str(scratch / "ids.npy"),
-        str(out),
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", _HERE + module, str(model.absolute()), str(scratch / "ids.npy")]
+    command += [str(out), *router]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )

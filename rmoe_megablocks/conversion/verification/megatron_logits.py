@@ -1,6 +1,8 @@
 """Logits of a checkpoint by Megatron's own model, in fp32, in one process on the CPU.
 
-python -m rmoe_megablocks.conversion.verification.megatron_logits CHECKPOINT IDS.npy LOGITS.npy
+python -m rmoe_megablocks.conversion.verification.megatron_logits CHECKPOINT IDS.npy LOGITS.npy [ROUTER_TYPE]
+
+A router type that is named may be imported.
 """
 
 import argparse
@@ -105,9 +107,9 @@ def logits(model: GPTModel, ids_BS: torch.Tensor) -> torch.Tensor:
     return model(ids_BS, positions, None)
 
 
-def main(checkpoint: str, ids: str, out: str) -> int:
+def main(checkpoint: str, ids: str, out: str, *trusted: str) -> int:
     """See the module."""
-    source = sources.open_source(Path(checkpoint), None, 1)
+    source = sources.open_source(Path(checkpoint), None, None, bool(trusted), any_vocabulary=True)
     model = build(source.args)
     load(model, source.folder)
     np.save(out, logits(model, torch.from_numpy(np.load(ids))).float().numpy())
