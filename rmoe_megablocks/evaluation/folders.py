@@ -12,7 +12,6 @@ from tqdm import tqdm
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import report, texts
-from rmoe_megablocks.evaluation.measures import figures
 from rmoe_megablocks.evaluation.prediction import Processes, Sum, predict
 from rmoe_megablocks.evaluation.windows import Windows
 from rmoe_megablocks.huggingface import loading
@@ -47,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         "dtype": dtype,
         "layout": f"{processes.size} process{'es' * (processes.size > 1)} on {processes.device.type}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **result_of(args.data, text, done, windows),
+        **report.result_of(
+            args.data, text, report.Done(done.nats, done.tokens, done.interrupted, windows.size, windows.stride)
+        ),
     }
     return report.tell(result, args.json)
 
@@ -90,23 +91,3 @@ def _with_progress(model, text: texts.Text, windows: Windows, batch: int, proces
         mininterval=0.1 if hasattr(stream, "isatty") else 30,  # lines of a file rather than a bar
     ) as bar:
         return predict(model, text.tokens, windows, batch, processes, bar.update)
-
-
-def result_of(path: Path, text: texts.Text, done: Sum, windows: Windows) -> dict[str, Any]:
-    """What every result says of text, windows and figures, whichever model gave the losses."""
-    of = len(text.tokens) - 1
-    return {
-        "data": path.name + (f" {text.split}" if text.split else ""),
-        "partial": done.tokens < of,
-        "interrupted": done.interrupted,
-        "tokens": done.tokens,
-        "of": of,
-        "seq_length": windows.size,
-        "stride": windows.stride,
-        **figures(done.nats, done.tokens, len(text.tokens), text.counts),
-        "nats": done.nats,
-        **vars(text.counts),
-        "unknown_tokens": text.unknown,
-        "tokens_sha256": texts.checksum(text.tokens),
-        "notes": list(text.notes),
-    }

@@ -3,10 +3,13 @@
 import json
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.evaluation import texts
+from rmoe_megablocks.evaluation.measures import figures
 
 _WIDTH = 80
 _ROWS = {
@@ -17,6 +20,33 @@ _ROWS = {
     "word_perplexity": "word perplexity (words and ends of lines)",
     "word_perplexity_without_line_ends": "word perplexity (words alone)",
 }
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was predicted: ``nats`` of ``tokens`` tokens, in windows of ``seq_length`` every ``stride``."""
+
+    nats: float
+    tokens: int
+    interrupted: bool
+    seq_length: int
+    stride: int
+
+
+def result_of(path: Path, text: texts.Text, done: Done) -> dict[str, Any]:
+    """What every result says of text, windows and figures, whichever model gave the losses."""
+    of = len(text.tokens) - 1
+    return {
+        "data": path.name + (f" {text.split}" if text.split else ""),
+        "partial": done.tokens < of,
+        **vars(done),
+        "of": of,
+        **figures(done.nats, done.tokens, len(text.tokens), text.counts),
+        **vars(text.counts),
+        "unknown_tokens": text.unknown,
+        "tokens_sha256": texts.checksum(text.tokens),
+        "notes": list(text.notes),
+    }
 
 
 def table(result: dict[str, Any]) -> str:

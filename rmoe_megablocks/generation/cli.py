@@ -117,8 +117,8 @@ def options_of(args: argparse.Namespace, model: Any, prompt: int) -> dict[str, A
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = None if longest is None else longest - prompt
     if room is not None and room < (args.max_new_tokens or 1):
-        asked = f"--max-new-tokens {args.max_new_tokens}" if args.max_new_tokens else "one more"
-        raise UsageError(f"{asked}: the prompt has {prompt} tokens, and the model has been made for {longest} in all")
+        left = f"--max-new-tokens {room} is the most" if room > 0 else "shorten it"
+        raise UsageError(f"the prompt has {prompt} tokens, and the model has been made for {longest} in all: {left}")
     new = args.max_new_tokens or (_NEW_TOKENS if room is None else min(_NEW_TOKENS, room))
     options = {"max_new_tokens": new, "num_beams": 1, "do_sample": any(getattr(args, n) is not None for n in _SAMPLING)}
     if options["do_sample"]:  # all three, so that neither the library nor the folder decides
