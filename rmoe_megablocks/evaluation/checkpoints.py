@@ -31,7 +31,7 @@ _LAYOUT = {
     "--expert-model-parallel-size": "1",
     "--expert-tensor-parallel-size": "1",
 }
-#: what else of a layout a run's configuration may have: taken back
+#: what else of a run's configuration is of its layout, its data or its training: taken back
 _TAKEN_BACK = (
     *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--sequence-parallel"),
     *("--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
@@ -115,7 +115,7 @@ def argv(args: argparse.Namespace, settings: Path, folder: Path, step: int | Non
     if step is not None:
         words += ["--ckpt-step", str(step)]
     for name, value in _LAYOUT.items():
-        if name not in typed and (name in given or name in list(_LAYOUT)[:2]):
+        if name in given and name not in typed:
             words += [name, value]
     words += [f"{name}=null" for name in _TAKEN_BACK if name in given and name not in typed | set(words)]
     for name in ("seq_length", "micro_batch_size", "eval_tokens"):

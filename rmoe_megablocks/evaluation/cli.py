@@ -78,4 +78,7 @@ def run(args: argparse.Namespace) -> int:
     need("safetensors")
     from rmoe_megablocks.evaluation import folders
 
-    return folders.run(args)
+    try:
+        return folders.run(args)
+    except KeyboardInterrupt:  # before the first window, or a second one
+        return 130

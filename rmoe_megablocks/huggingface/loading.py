@@ -48,7 +48,10 @@ def model(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             own that was not trusted.
     """
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    _or_one_line(folder, lambda: AutoConfig.from_pretrained(os.fspath(folder), **options))
+    config = _or_one_line(folder, lambda: AutoConfig.from_pretrained(os.fspath(folder), **options))
+    # asked here, as the library's own answer lists all of its models, which takes seconds
+    if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+        raise UsageError(f"{folder} holds a model of type {config.model_type}, which is no causal language model")
     found, report = _or_one_line(
         folder,
         lambda: AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,7 @@ from rmoe_megablocks.conversion.folder import tokenizers
 from tests.huggingface.built import model
 
 LENGTH = 16
-TEXT = " \n = Robert Boulter = \n \n Robert Boulter is an English film , television and <unk> actor . \n".encode()
+TEXT = b" \n = Robert Boulter = \n \n Robert Boulter is an English film , television and <unk> actor . \n"
 
 
 def folder(place: Path, *kind, **changes) -> Path:

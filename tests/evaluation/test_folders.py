@@ -142,7 +142,7 @@ def weights(place: Path, change) -> None:
 FOLDERS = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "neither a Hugging Face folder"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "another task": (lambda f: config(f, model_type="t5"), "cannot be loaded"),
+    "another task": (lambda f: config(f, model_type="t5"), "which is no causal language model"),
     "an unknown model": (lambda f: config(f, model_type="nobody"), "cannot be loaded"),
     "a missing field": (lambda f: config(f, router_type="nobody"), "router_type"),
     "code of its own": (

@@ -32,7 +32,7 @@ class OfPlace(torch.nn.Module):
         return SimpleNamespace(logits=self.logits[places].expand(len(input_ids), -1, -1))
 
 
-HALF_FIRST, HALF_LAST = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
+HALF_FIRST, HALF_LAST = (0.5, 0.25, 0.25), (0.125, 0.375, 0.5)
 # Windows of two tokens. The first one predicts 1 (1/4, in the first place) and 2 (1/2, in the second): 2 + 1 bits.
 # Of stride 1 the second one counts only its second place's 2: 1 bit. Of stride 2 it has a first place alone: 2 bits.
 TOKENS = np.array([0, 1, 2, 2], np.uint8)
