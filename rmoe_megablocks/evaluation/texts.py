@@ -14,6 +14,8 @@ from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation.measures import Counts, count
 
+_CHUNK = 1 << 20
+
 
 @dataclass(frozen=True)
 class Text:
@@ -136,7 +138,10 @@ def is_bytes(tokenizer: Any) -> bool:
 
 def checksum(tokens: np.ndarray) -> str:
     """Of the ids, whatever their type on disk: two results with the same one are of the same tokens."""
-    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), _CHUNK):
+        digest.update(tokens[start : start + _CHUNK].astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _unknown(number: int, of: str = "") -> tuple[str, ...]:

@@ -82,16 +82,15 @@ def _generate(args: argparse.Namespace, prompt: str) -> int:
     ids_1S = torch.tensor([encode(tokenizer, prompt)], device=device)
     model = loading.model(args.model, getattr(torch, args.dtype), device, args.trust_remote_code)
     options = options_of(args, model, ids_1S.shape[1])
+    if args.show_routing and not routing.routers(model):
+        raise UsageError(f"--show-routing: {args.model} has no router of this package ({model.config.model_type})")
     if args.seed is not None:
         torch.manual_seed(args.seed)
     with torch.inference_mode():
         whole_1S = model.generate(ids_1S, streamer=_streamer(tokenizer), **options)
     if args.show_routing:
-        try:
-            choices = routing.record(model, whole_1S)
-        except ValueError as error:
-            raise UsageError(f"--show-routing: {error}") from error
-        tokens = [tokenizer.decode([token]) for token in whole_1S[0].tolist()]
+        tokens = [text_of(tokenizer, token) for token in whole_1S[0].tolist()]
+        choices = routing.record(model, whole_1S)
         print("\n" + routing.table(choices, tokens, ids_1S.shape[1], shutil.get_terminal_size().columns))
     return 0
 
@@ -110,6 +109,13 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     if not ids:
         raise UsageError("the prompt has no token: there is nothing to continue")
     return ids
+
+
+def text_of(tokenizer: Any, token: int) -> str | bytes:
+    """A token as text; as a byte where it is one of a longer character."""
+    from rmoe_megablocks.evaluation.texts import is_bytes
+
+    return bytes([token]) if token in range(128, 256) and is_bytes(tokenizer) else tokenizer.decode([token])
 
 
 def options_of(args: argparse.Namespace, model: Any, prompt: int) -> dict[str, Any]:

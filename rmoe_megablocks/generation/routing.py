@@ -23,9 +23,15 @@ class Choices:
     experts: Tensor
 
 
+def routers(model: torch.nn.Module) -> dict[int, RmoeRouter]:
+    """The router of each layer that has one; none in a model that is not ours."""
+    layers = enumerate(getattr(model.base_model, "layers", ()))
+    return {index: module for index, layer in layers for module in layer.modules() if isinstance(module, RmoeRouter)}
+
+
 @torch.inference_mode()
 def record(model: torch.nn.Module, ids_1S: Tensor) -> Choices:
-    """The choices of one forward pass over ``ids_1S`` [1, S]. Raises ValueError for a model without routers of ours."""
+    """The choices of one forward pass over ``ids_1S`` [1, S]."""
     found: list[Tensor] = []
 
     def keep(router: RmoeRouter, _inputs, outputs) -> None:
@@ -34,27 +40,21 @@ def record(model: torch.nn.Module, ids_1S: Tensor) -> Choices:
             experts_TK = experts_TK.masked_fill(weights_TK == 0, -1)
         found.append(experts_TK.cpu())
 
-    layers, hooks = [], []
-    for index, layer in enumerate(getattr(model.base_model, "layers", ())):
-        for module in layer.modules():
-            if isinstance(module, RmoeRouter):
-                layers.append(index)
-                hooks.append(module.register_forward_hook(keep))
-    if not layers:
-        raise ValueError("the model has no router of rmoe")
+    chosen = routers(model)
+    hooks = [router.register_forward_hook(keep) for router in chosen.values()]
     try:
         model(input_ids=ids_1S, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return Choices(tuple(layers), torch.stack(found))
+    return Choices(tuple(chosen), torch.stack(found))
 
 
-def table(choices: Choices, tokens: Sequence[str], prompt: int, width: int = 80) -> str:
+def table(choices: Choices, tokens: Sequence[str | bytes], prompt: int, width: int = 80) -> str:
     """A row a token, a column a layer with the experts it took; layers that do not fit follow in further blocks.
 
     Args:
-        tokens: [T], as text.
+        tokens: [T], each its text, or bytes that are none by themselves.
         prompt: how many of them are the prompt's, which ends in a rule.
         width: columns of the terminal.
     """
@@ -82,7 +82,7 @@ def _name(expert: int) -> str:
     return NULL if expert < 0 else str(expert)
 
 
-def _shown(token: str) -> str:
+def _shown(token: str | bytes) -> str:
     """As Python spells it, so that line breaks and spaces can be seen."""
     shown = repr(token)
     return shown if len(shown) <= _TOKEN_WIDTH else shown[: _TOKEN_WIDTH - 2] + ".."

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rmoe_megablocks import cli
+from rmoe_megablocks.conversion.folder import tokenizers
 from rmoe_megablocks.generation import routing
 from rmoe_megablocks.huggingface import RmoeForCausalLM
 from rmoe_megablocks.huggingface.moe import choose
@@ -109,7 +111,7 @@ def test_show_routing(made, capsys):
     out = generate(capsys, made, PROMPT, "--max-new-tokens", 3, "--show-routing")
     ids = theirs(made, do_sample=False)[: len(PROMPT) + 3]
     found = routing.record(RmoeForCausalLM.from_pretrained(made).eval(), torch.tensor([ids]))
-    names = [bytes([token]).decode(errors="replace") for token in ids]
+    names = [chr(token) if token < 128 else bytes([token]) for token in ids]
     assert out == f"{text(ids)}\n\n{routing.table(found, names, len(PROMPT))}\n"
 
 
@@ -128,6 +130,13 @@ def test_show_routing(made, capsys):
 )
 def test_bad_input(made, capsys, words, expected):
     assert expected in refused(capsys, "generate", made, *words)
+
+
+def test_routing_of_another_model(tmp_path, capsys):
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    theirs.save_pretrained(tmp_path)
+    tokenizers._bytes(None).save_pretrained(tmp_path)
+    assert "has no router of this package (gpt2)" in refused(capsys, "generate", tmp_path, "a", "--show-routing")
 
 
 def test_no_folder(tmp_path, capsys):
