@@ -61,11 +61,22 @@ def of_file(path: Path, tokenizer: Any) -> Text:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 at byte {error.start:,}: only a tokenizer of bytes reads that") from None
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    tokens = np.array(ids, np.int64)
-    unk = getattr(tokenizer, "unk_token_id", None)
-    unknown = 0 if unk is None else int(np.count_nonzero(tokens == unk))
+    tokens = np.array(_ids(tokenizer, text), np.int64)
+    unknown = _unknown_in(text, tokens, tokenizer)
     return Text(tokens, count(raw), None, unknown, _unknown(unknown)).check(path)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _unknown_in(text: str, tokens: np.ndarray, tokenizer: Any) -> int:
+    """How many tokens are unknown ones that the text itself, as WikiText at word level, does not spell out."""
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None:
+        return 0
+    spelt = text.split().count(tokenizer.unk_token) if _ids(tokenizer, tokenizer.unk_token) == [unk] else 0
+    return max(0, int(np.count_nonzero(tokens == unk)) - spelt)
 
 
 def of_dataset(folder: Path, split: str) -> tuple[Text, data.DatasetMetadata]:

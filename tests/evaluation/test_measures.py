@@ -81,9 +81,15 @@ def test_a_unigram_model_of_wikitext(tmp_path):
     fast = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     fast.normalizer = normalizers.Replace(Regex("\n"), " <eos> ")
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    text = texts.of_file(tmp_path / "wiki.test.tokens", PreTrainedTokenizerFast(tokenizer_object=fast))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+    text = texts.of_file(tmp_path / "wiki.test.tokens", tokenizer)
     assert [list(ids)[token] for token in text.tokens] == words
     assert (text.counts.words + text.counts.lines, text.unknown) == (len(words), 0)
+
+    (tmp_path / "more").write_bytes(raw + b" nobody knows <unk> nobodys word \n")
+    more = texts.of_file(tmp_path / "more", tokenizer)
+    assert more.unknown == sum(word not in counts for word in ("nobody", "knows", "nobodys", "word"))
+    assert f"{more.unknown} tokens stand for text" in more.notes[0]
 
     logits = torch.tensor([counts[word] / len(words) for word in ids], dtype=torch.float64).log()
 
