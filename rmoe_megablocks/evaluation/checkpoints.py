@@ -36,8 +36,9 @@ _TAKEN_BACK = (
     *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--sequence-parallel"),
     *("--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
     *("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--mock-data"),
-    *("--save", "--finetune", "--tensorboard-dir", "--data-cache-path", "--pretrained-checkpoint", "--load"),
-    *("--moe-router-upcycle", "--no-final-evaluation", "--eval-tokens", "--exit-interval", "--ckpt-step"),
+    *("--save", "--tensorboard-dir", "--data-cache-path", "--load", "--ckpt-step", "--pretrained-checkpoint"),
+    *("--finetune", "--no-load-optim", "--no-load-rng", "--moe-router-upcycle", "--exit-interval"),
+    *("--no-final-evaluation", "--eval-tokens"),
 )
 
 
@@ -111,7 +112,8 @@ def argv(args: argparse.Namespace, settings: Path, folder: Path, step: int | Non
     """The launcher's arguments: the run's configuration, in one process unless the command line names a layout."""
     typed = {word.partition("=")[0] for word in args.megatron_arguments if word.startswith("--")}
     given = yaml12.read(settings).content["MODEL_ARGS"]
-    words = ["--config", str(settings), "--load", str(folder), "--skip-train", "--no-checkpoints"]
+    words = ["--config", str(settings), "--load", str(folder)]
+    words += ["--skip-train", "--no-load-optim", "--no-checkpoints"]
     if step is not None:
         words += ["--ckpt-step", str(step)]
     for name, value in _LAYOUT.items():

@@ -47,7 +47,7 @@ def test_one_process_unless_a_layout_is_named(tmp_path):
     saved = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2, "--sequence-parallel": True}
     a_run(tmp_path, **saved, **{"--save": "there", "--eval-tokens": 9})
     fixed = ["--config", str(tmp_path / "config.yaml"), "--load", str(tmp_path / "checkpoints")]
-    fixed += ["--skip-train", "--no-checkpoints"]
+    fixed += ["--skip-train", "--no-load-optim", "--no-checkpoints"]
     words = words_of(tmp_path / "config.yaml")
     assert words == [
         *(*fixed, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
@@ -119,7 +119,7 @@ def test_layouts_and_export_agree(dataset, tmp_path, capfd):
             subprocess.run([*command, "--json", tmp_path / "result.json"], env=ENVIRONMENT, check=True)
             result = json.loads((tmp_path / "result.json").read_text())
             assert result["bits_per_byte"] == pytest.approx(summary[f"{split}_bpc"], abs=1e-5), name
-            assert name == "hf" or result["layout"] == name
+            assert name == "hf" or result["layout"].split(" DP")[0] == name
     before = capfd.readouterr()
     damaged = next((there / "iter_0000020").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
