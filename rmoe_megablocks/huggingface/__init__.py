@@ -11,10 +11,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from rmoe_megablocks.huggingface.configuration import RmoeConfig
 from rmoe_megablocks.huggingface.modeling import RmoeForCausalLM, RmoeModel, RmoePreTrainedModel
 from rmoe_megablocks.huggingface.release import check
+from rmoe_megablocks.huggingface.released import LlamaMoeRnnConfig, LlamaMoeRnnForCausalLM
 
 check()
 AutoConfig.register(RmoeConfig.model_type, RmoeConfig)
 AutoModel.register(RmoeConfig, RmoeModel)
 AutoModelForCausalLM.register(RmoeConfig, RmoeForCausalLM)
+AutoConfig.register(LlamaMoeRnnConfig.model_type, LlamaMoeRnnConfig)
+AutoModelForCausalLM.register(LlamaMoeRnnConfig, LlamaMoeRnnForCausalLM)
 
-__all__ = ["RmoeConfig", "RmoeForCausalLM", "RmoeModel", "RmoePreTrainedModel"]
+__all__ = [
+    "LlamaMoeRnnConfig",
+    "LlamaMoeRnnForCausalLM",
+    "RmoeConfig",
+    "RmoeForCausalLM",
+    "RmoeModel",
+    "RmoePreTrainedModel",
+]

@@ -26,6 +26,7 @@ class RmoeConfig(PreTrainedConfig):
         moe_intermediate_size: F, of one expert.
         moe_shared_expert_intermediate_size: of all shared experts together; None for none.
         moe_shared_expert_gate: whether a sigmoid of the hidden states weighs the shared expert.
+        moe_shared_expert_scaling: what the shared expert's result is multiplied by; Megatron knows 1 alone.
         moe_layer_freq: 1 for a layer with experts, 0 for a dense one, one a layer; None for experts everywhere.
         attention_bias: biases of q, k and v (``--add-qkv-bias``); o has none.
         qk_norm: RMSNorm of each head's q and k, before RoPE (``--qk-layernorm``).
@@ -63,6 +64,7 @@ class RmoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 4
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
+    moe_shared_expert_scaling: float | int = 1.0
     moe_layer_freq: list[int] | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5

@@ -76,7 +76,6 @@ class RmoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["expert_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(RmoeRouter, index=0),
         "hidden_states": RmoeDecoderLayer,

@@ -149,6 +149,7 @@ class RmoeSparseMoeBlock(nn.Module):
         self.router = RmoeRouter(config, layer_idx)
         self.experts = RmoeExperts(config)
         width, gate = config.moe_shared_expert_intermediate_size, config.moe_shared_expert_gate
+        self.scaling = config.moe_shared_expert_scaling
         self.shared_experts = RmoeMLP(config, width) if width else None
         self.shared_experts_gate = nn.Linear(config.hidden_size, 1, bias=False) if gate else None
 
@@ -162,5 +163,5 @@ class RmoeSparseMoeBlock(nn.Module):
             always_BSH = self.shared_experts(x_BSH)
             if self.shared_experts_gate is not None:
                 always_BSH = always_BSH * self.shared_experts_gate(x_BSH).sigmoid()
-            y_BSH = y_BSH + always_BSH
+            y_BSH = y_BSH + (always_BSH if self.scaling == 1 else self.scaling * always_BSH)
         return y_BSH, h_BSP

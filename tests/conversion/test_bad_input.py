@@ -47,6 +47,13 @@ def config(folder: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def twice(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "other.safetensors")
+    places = dict.fromkeys(tensors, WEIGHTS) | {"model.norm.weight": "other.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 IMPORTS = {
     "missing": (
         lambda f: change(f, lambda t: t.pop("model.layers.1.mlp.router.layer.projector")),
@@ -57,6 +64,7 @@ IMPORTS = {
         lambda f: change(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         "model.norm.weight is [31], config.json makes it [32]",
     ),
+    "twice": (twice, "model.norm.weight is in model.safetensors and in other.safetensors"),
     "mixed precisions": (
         lambda f: change(f, lambda t: t.update({MIXED: t[MIXED].bfloat16()})),
         "Megatron keeps both in one tensor",

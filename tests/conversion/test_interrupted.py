@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rmoe_megablocks.conversion.exporting import Options, export
+from rmoe_megablocks.conversion.folder import shards
 from tests.conversion.cells import GRU, UNTIED
 
 OPTIONS = Options(verify=False, tokenizer="none", max_shard_size=30_000)
@@ -55,11 +56,17 @@ def test_kill_in_the_middle(made, tmp_path):
     assert content(folder) == content(tmp_path / "undisturbed")
 
 
-def test_another_checkpoint_takes_nothing_over(made, tmp_path):
-    folder = tmp_path / "folder"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, made(*UNTIED, *GRU), folder, "3"], capture_output=True
-    )
+def test_another_checkpoint_takes_nothing_over(made, tmp_path, monkeypatch):
+    folder, original = tmp_path / "folder", shards.save_file
+
+    def fail(tensors, path, **more):
+        if len(list(path.parent.glob("model-*.safetensors"))) == 3:
+            raise OSError("no more")
+        original(tensors, path, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no more"):
+        patched.setattr(shards, "save_file", fail)
+        export(made(*UNTIED, *GRU), folder, OPTIONS)
     other = made(*UNTIED, *GRU, "--seed", "99", "--moe-router-rnn-bias")
     export(other, folder, OPTIONS)
     export(other, tmp_path / "undisturbed", OPTIONS)
@@ -68,8 +75,6 @@ def test_another_checkpoint_takes_nothing_over(made, tmp_path):
 
 @pytest.mark.parametrize("size", ["300B", "", "-1GB", "0"])
 def test_sizes(size):
-    from rmoe_megablocks.conversion.folder.shards import read_size
-
     with pytest.raises(ValueError, match="is no size"):
-        read_size(size)
-    assert (read_size("4GB"), read_size("1.5 mib"), read_size("7")) == (4 * 10**9, 3 << 19, 7)
+        shards.read_size(size)
+    assert tuple(map(shards.read_size, ("4GB", "1.5 mib", "7"))) == (4 * 10**9, 3 << 19, 7)

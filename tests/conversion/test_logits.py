@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM
 
 import rmoe_megablocks.huggingface  # noqa: F401  registers the model type
 from rmoe_megablocks.conversion.exporting import Options, export
+from rmoe_megablocks.conversion.importing import import_folder
 from rmoe_megablocks.conversion.verification.comparison import judge
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.torch_dist.reading import Reader
 from tests.conversion import made as models
-from tests.conversion.cells import ALL_CELLS, CELLS, DENSE_FIRST, GROUPED, GRU, UNTIED
+from tests.conversion.cells import ALL_CELLS, CELLS, DENSE_FIRST, FEW, GROUPED, GRU, UNTIED
 
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(3))
 
@@ -32,7 +34,7 @@ def of_huggingface(folder: Path):
     return model.eval()(IDS).logits.numpy()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FEW)
 def test_logits(made, tmp_path, cell):
     export(made(*CELLS[cell]), tmp_path / "folder", Options(verify=False, tokenizer="none"))
     theirs = of_megatron(made(*CELLS[cell]), CELLS[cell])
@@ -56,7 +58,10 @@ def swap_gates_of_the_gru(tensors):
     tensors[name] = torch.cat((second, first, third))
 
 
-@pytest.mark.parametrize("fault", [swap_gate_and_up, mix_up_heads, swap_gates_of_the_gru])
+FAULTS = [mix_up_heads, swap_gate_and_up, swap_gates_of_the_gru]
+
+
+@pytest.mark.parametrize("fault", FAULTS if ALL_CELLS else FAULTS[:1])
 def test_a_wrong_convention_is_refused(made, tmp_path, fault):
     argv = [*UNTIED, *DENSE_FIRST, *GROUPED, *GRU]
     export(made(*argv), tmp_path / "folder", Options(verify=False, tokenizer="none"))
@@ -66,6 +71,24 @@ def test_a_wrong_convention_is_refused(made, tmp_path, fault):
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UsageError, match="does not compute what the checkpoint does"):
         judge(of_megatron(made(*argv), argv), of_huggingface(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("cell", FEW)
+def test_what_transformers_saves_is_imported(made, tmp_path, cell):
+    """A fine-tuned model comes back: here one with its norm doubled, in the precision that it was stored in."""
+    checkpoints = made(*CELLS[cell])
+    export(checkpoints, tmp_path / "folder", Options(verify=False, tokenizer="none"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype="auto")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="40KB")
+    import_folder(tmp_path / "tuned", tmp_path / "again")
+    before = Reader(checkpoints / f"iter_{models.ITERATION:07d}")
+    after = Reader(tmp_path / "again" / "release")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name in before.tensors:
+        factor = 2 if name == "decoder.final_layernorm.weight" else 1
+        assert torch.equal(after.read(name), before.read(name) * factor), name
 
 
 @pytest.mark.skipif(not ALL_CELLS, reason="RMOE_TEST_ALL_CELLS=1")

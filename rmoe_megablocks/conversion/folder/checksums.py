@@ -29,5 +29,7 @@ def check_checksums(folder: Path) -> bool:
         if not path.is_file():
             raise UsageError(f"{folder}: {match[2]} is missing, {CHECKSUMS} names it")
         if sha256(path) != match[1]:
-            raise UsageError(f"{folder}: {match[2]} is not as {CHECKSUMS} says: it was changed or is damaged")
+            raise UsageError(
+                f"{folder}: {match[2]} is not as {CHECKSUMS} says: damaged, or changed (then remove {CHECKSUMS})"
+            )
     return True

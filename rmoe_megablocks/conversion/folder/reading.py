@@ -68,6 +68,8 @@ class Folder:
             for name, tensor in self._bin(file).items():
                 found[name] = (tuple(tensor.shape), tensor.dtype)
         for name in found:
+            if name in self.tensors:
+                raise UsageError(f"{self.folder}: {name} is in {self._files[name]} and in {file}")
             self._files[name] = file
         return found
 
