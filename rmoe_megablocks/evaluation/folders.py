@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.evaluation import report, texts
+from rmoe_megablocks.evaluation import loading, report, texts
 from rmoe_megablocks.evaluation.prediction import Processes, Sum, predict
 from rmoe_megablocks.evaluation.windows import Windows
-from rmoe_megablocks.huggingface import loading
 from rmoe_megablocks.process import progress_stream
 
 _UNLIMITED = 10**6  # what tokenizers without a limit say is larger

@@ -71,9 +71,9 @@ def _generate(args: argparse.Namespace, prompt: str) -> int:
     import torch
 
     from rmoe_megablocks.conversion.folder.checksums import check_checksums
+    from rmoe_megablocks.evaluation import loading
     from rmoe_megablocks.evaluation.prediction import Processes
     from rmoe_megablocks.generation import routing
-    from rmoe_megablocks.huggingface import loading
 
     loading.prepare(args.model, args.trust_router_code)
     check_checksums(args.model)
