@@ -11,6 +11,8 @@ from rmoe_megablocks.compat.megablocks import cli as install_cli
 from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.evaluation import cli as evaluation_cli
+from rmoe_megablocks.generation import cli as generation_cli
 from rmoe_megablocks.planning import cli as plan_cli
 from rmoe_megablocks.sweep import cli as sweep_cli
 
@@ -33,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep_cli.add_arguments(commands)
     compare_cli.add_arguments(commands)
     conversion_cli.add_arguments(commands)
+    evaluation_cli.add_arguments(commands)
+    generation_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
-        if args.megatron_arguments and args.command not in ("plan", "sweep"):
+        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval"):
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {
             "data": data_cli.run,
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "compare": compare_cli.run,
             "export": conversion_cli.run,
             "import": conversion_cli.run,
+            "eval": evaluation_cli.run,
+            "generate": generation_cli.run,
             "doctor": doctor.run,
             "install": install_cli.run,
         }

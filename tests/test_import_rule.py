@@ -27,6 +27,8 @@ ALLOWED = {
     "launcher": ("compat", "data", "routing", "kernels", "megatron", "megablocks"),
     "planning": ("compat", "data", "routing", "kernels", "megatron", "launcher"),
     "conversion": ("compat", "data", "routing", "kernels", "megatron", "huggingface", "torch_dist"),
+    "evaluation": ("compat", "data", "routing", "megatron", "huggingface", "conversion", "torch_dist"),
+    "generation": ("data", "routing", "huggingface", "conversion", "evaluation"),
     "comparison": ("data", "routing", "launcher", "planning"),
     "sweep": ("launcher", "comparison"),
     "doctor": ("compat", "data", "routing", "kernels", "megatron", "megablocks", "launcher", "planning"),

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from rmoe_megablocks.conversion import partial
 from rmoe_megablocks.conversion import source as sources
+from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.conversion.folder.reading import Folder
-from rmoe_megablocks.conversion.folder.shards import check_checksums
 from rmoe_megablocks.conversion.mapping.checkpoint import DTYPES
 from rmoe_megablocks.conversion.mapping.configuration import arguments_of, check_config
 from rmoe_megablocks.conversion.mapping.weights import LAYERS, NORM_BEFORE_EXPERTS, Entry, entries
@@ -196,7 +196,7 @@ def _arguments(config: Mapping[str, Any], padded_vocab_size: int) -> argparse.Na
 
 def _seal(folder: Path) -> None:
     """The manifest that Megatron writes with --verify-integrity, and what ours adds to it."""
-    from rmoe_megablocks.conversion.folder.shards import sha256
+    from rmoe_megablocks.conversion.folder.checksums import sha256
 
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     files.seal(folder, {"algorithm": "sha256", "files": digests})

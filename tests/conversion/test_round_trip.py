@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rmoe_megablocks.conversion.exporting import Options, export
+from rmoe_megablocks.conversion.folder.checksums import CHECKSUMS
 from rmoe_megablocks.conversion.folder.reading import Folder
-from rmoe_megablocks.conversion.folder.shards import CHECKSUMS, PADDING
+from rmoe_megablocks.conversion.folder.shards import PADDING
 from rmoe_megablocks.conversion.importing import import_folder
 from rmoe_megablocks.megatron.checkpoints import compatibility, files
 from rmoe_megablocks.torch_dist.reading import Reader

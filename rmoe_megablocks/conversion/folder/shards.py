@@ -1,6 +1,5 @@
 """Weights in files of a bounded size, one after the other; a killed export goes on behind the last complete one."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rmoe_megablocks.conversion.folder.checksums import CHECKSUMS, sha256
 from rmoe_megablocks.conversion.mapping.checkpoint import Source, Weights
-from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron.checkpoints.files import write_atomically
 
 INDEX = "model.safetensors.index.json"
@@ -114,37 +113,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     new.replace(path)
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-CHECKSUMS = "SHA256SUMS"
-
-
 def write_checksums(folder: Path, left_out: Callable[[str], bool] = lambda name: False) -> None:
     """SHA256SUMS of the files of ``folder``, as ``sha256sum -c`` reads it, but of those ``left_out``."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if name != CHECKSUMS and not left_out(name)]
     write_atomically(folder / CHECKSUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
-
-
-def check_checksums(folder: Path) -> bool:
-    """Whether ``folder`` has checksums; then all of them were compared. Raises UsageError naming what differs."""
-    try:
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-    except FileNotFoundError:
-        return False
-    for line in lines:
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/].*)", line)
-        if not match or ".." in Path(match[2]).parts:
-            raise UsageError(f"{folder / CHECKSUMS}: {line[:80]!r} is no checksum of a file")
-        path = folder / match[2]
-        if not path.is_file():
-            raise UsageError(f"{folder}: {match[2]} is missing, {CHECKSUMS} names it")
-        if sha256(path) != match[1]:
-            raise UsageError(
-                f"{folder}: {match[2]} is not as {CHECKSUMS} says: damaged, or changed (then remove {CHECKSUMS})"
-            )
-    return True

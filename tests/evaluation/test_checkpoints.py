@@ -1,0 +1,128 @@
+"""``rmoe eval`` of a run's checkpoints: what it has the launcher do; with RMOE_TEST_ALL_CELLS=1 the figures, too."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from rmoe_megablocks import cli, data, yaml12
+from rmoe_megablocks.data import embedded_corpus
+from rmoe_megablocks.evaluation import checkpoints
+from tests.evaluation.made import folder, refused
+from tests.test_end_to_end import ENVIRONMENT, LAUNCHER, REPOSITORY, SMALL
+
+ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
+README = (REPOSITORY / "README.md").read_text().partition("## After training")[2].partition("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("data")
+    (place / "text").write_bytes(embedded_corpus()[:30_000])
+    data.prepare([place / "text"], place / "enwik8_1mb", split="20000B,4000B,6000B")
+    return place / "enwik8_1mb"
+
+
+def a_run(place: Path, **arguments) -> Path:
+    """The folder of checkpoints of a run, as far as the launcher's arguments depend on it."""
+    (place / "checkpoints" / "iter_0000003").mkdir(parents=True)
+    (place / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    (place / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": arguments}))
+    return place / "checkpoints"
+
+
+def words_of(settings: Path, *typed: str, **options) -> list[str]:
+    args = Namespace(**dict(seq_length=None, micro_batch_size=None, eval_tokens=None) | options)
+    args.megatron_arguments = list(typed)
+    return checkpoints.argv(args, settings, settings.parent / "checkpoints", None)
+
+
+def test_one_process_unless_a_layout_is_named(tmp_path):
+    saved = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2, "--sequence-parallel": True}
+    a_run(tmp_path, **saved, **{"--save": "there", "--eval-tokens": 9})
+    fixed = ["--config", str(tmp_path / "config.yaml"), "--load", str(tmp_path / "checkpoints")]
+    fixed += ["--skip-train", "--no-load-optim", "--no-checkpoints"]
+    words = words_of(tmp_path / "config.yaml")
+    assert words == [
+        *(*fixed, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
+        *("--sequence-parallel=null", "--save=null", "--eval-tokens=null"),
+    ]
+    words = words_of(tmp_path / "config.yaml", "--pipeline-model-parallel-size", "4", eval_tokens=5)
+    assert words == [
+        *(*fixed, "--tensor-model-parallel-size", "1", "--sequence-parallel=null", "--save=null"),
+        *("--eval-tokens=null", "--eval-tokens", "5", "--pipeline-model-parallel-size", "4"),
+    ]
+
+
+def test_one_split_alone(dataset, tmp_path):
+    metadata = data.DatasetMetadata.load(dataset)
+    checkpoints.one_split(dataset, "valid", metadata, tmp_path / "one")
+    one = data.DatasetMetadata.load(tmp_path / "one")
+    assert {name: split.tokens for name, split in one.splits.items()} == {"train": 0, "valid": 0, "test": 4000}
+    assert bytes(data.read_tokens(tmp_path / "one" / "test").astype("u1")) == embedded_corpus()[20_000:24_000]
+
+
+def test_bad_input(dataset, tmp_path, capsys):
+    there = a_run(tmp_path / "run")
+    assert "--stride is for Hugging Face folders" in refused(capsys, "eval", there, "--data", dataset, "--stride", 2)
+    (tmp_path / "text").write_text("a text")
+    assert "a folder of rmoe data prepare" in refused(capsys, "eval", there, "--data", tmp_path / "text")
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert "config.yaml: no such file" in refused(capsys, "eval", there, "--data", dataset)
+    assert "neither a Hugging Face folder" in refused(capsys, "eval", tmp_path / "run", "--data", dataset)
+
+
+def test_a_checkpoint_by_its_own_name(tmp_path):
+    there = a_run(tmp_path).resolve()
+    assert checkpoints.locate(there / "iter_0000003") == (there, 3)
+    assert checkpoints.locate(there) == (there, None)
+
+
+def test_readme(dataset, tmp_path, capsys, monkeypatch):
+    """Its commands for folders, on a small model; those for checkpoints run below."""
+    folder(tmp_path / "tiny-hf", max_position_embeddings=256)
+    (tmp_path / "runs" / "data").mkdir(parents=True)
+    (tmp_path / "runs" / "data" / "enwik8_1mb").symlink_to(dataset)
+    (tmp_path / "wiki.test.tokens").write_text(" = A = \n A @-@ b <unk> . \n")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^rmoe ((?:eval|generate) tiny-hf .*)$", README, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0
+    out = capsys.readouterr().out
+    assert "enwik8_1mb test" in out and "wiki.test.tokens" in out and "token  " in out
+
+
+LAYOUTS = {
+    "1 process": [],
+    "PP2": ["--pipeline-model-parallel-size", "2"],
+    "EP2": ["--expert-model-parallel-size", "2"],
+}
+
+
+@pytest.mark.skipif(not ALL_CELLS, reason="trains, and evaluates in three layouts; RMOE_TEST_ALL_CELLS=1 runs it")
+def test_layouts_and_export_agree(dataset, tmp_path, capfd):
+    command = [*LAUNCHER, *SMALL, "--dataset", str(dataset), "--runs-dir", str(tmp_path), "--run-name", "run"]
+    subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    there, rmoe = tmp_path / "run" / "checkpoints", [sys.executable, "-m", "rmoe_megablocks.cli"]
+    subprocess.run([*rmoe, "export", there, tmp_path / "hf", "--no-verify"], env=ENVIRONMENT, check=True)
+    for name, model, words in [("hf", tmp_path / "hf", []), *((name, there, words) for name, words in LAYOUTS.items())]:
+        for split in ("test", "valid") if name in ("hf", "1 process") else ("test",):
+            command = [*rmoe, "eval", model, "--data", dataset, "--split", split, *words]
+            subprocess.run([*command, "--json", tmp_path / "result.json"], env=ENVIRONMENT, check=True)
+            result = json.loads((tmp_path / "result.json").read_text())
+            assert result["bits_per_byte"] == pytest.approx(summary[f"{split}_bpc"], abs=1e-5), name
+            assert name == "hf" or result["layout"].split(" DP")[0] == name
+    before = capfd.readouterr()
+    damaged = next((there / "iter_0000020").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = subprocess.run([*rmoe, "eval", there, "--data", dataset], env=ENVIRONMENT, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("rmoe: error: ")]
+    assert done.returncode == 2 and len(said) == 1 and damaged.name in said[0], (done, before)
