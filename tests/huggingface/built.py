@@ -77,3 +77,8 @@ def gradients(made: RmoeForCausalLM, **inputs) -> dict[str, Tensor]:
 
 def close(ours, theirs, tolerance: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def spelt(value: object) -> str:
+    """A test's id: a type's name, or its options as they are typed; alike in every process that collects the tests."""
+    return " ".join(f"{a.option} {v}" for a, v in value.items()) or "plain" if isinstance(value, dict) else str(value)

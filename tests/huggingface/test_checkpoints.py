@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from rmoe_megablocks.huggingface import RmoeForCausalLM, RmoeModel
 from rmoe_megablocks.huggingface.initial_weights import build_shared
 from rmoe_megablocks.routing import HEAD, INIT, LINEAR, SHARE_HEAD, get_router_type
-from tests.huggingface.built import TYPES, M, close, config, having, model, routers, tokens
+from tests.huggingface.built import TYPES, M, close, config, having, model, routers, spelt, tokens
 
 SHARED_HEADS = [(name, {SHARE_HEAD: "all", HEAD: "cosine"}) for name in having(SHARE_HEAD)[:1]]
 KINDS = [*((name, {}) for name in TYPES), *SHARED_HEADS]
@@ -32,7 +32,7 @@ def same_tensors(ours, theirs) -> None:
         assert tensor.requires_grad == theirs[name].requires_grad, name
 
 
-@pytest.mark.parametrize("name, options", KINDS, ids=str)
+@pytest.mark.parametrize("name, options", KINDS, ids=spelt)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, options):
     made = model(name, options, num_null_experts=M)
     made.save_pretrained(tmp_path)
@@ -69,7 +69,7 @@ def test_auto_classes():
     assert type(AutoConfig.for_model("rmoe")).__name__ == "RmoeConfig"
 
 
-@pytest.mark.parametrize("name, options", KINDS, ids=str)
+@pytest.mark.parametrize("name, options", KINDS, ids=spelt)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_is_drawn(uninitialised_is_nan, name, options, dtype):
     """In bf16 too, where orthogonal matrices cannot be drawn as such."""
@@ -79,7 +79,7 @@ def test_every_weight_is_drawn(uninitialised_is_nan, name, options, dtype):
         assert tensor.dtype == dtype, key
 
 
-@pytest.mark.parametrize("name, options", [*KINDS, *((name, {INIT: "fan_in"}) for name in TYPES)], ids=str)
+@pytest.mark.parametrize("name, options", [*KINDS, *((name, {INIT: "fan_in"}) for name in TYPES)], ids=spelt)
 def test_routing_is_drawn_as_routing_draws_it(name, options):
     made = RmoeForCausalLM(config(name, options))
     kind, routing = made.config.routing()
@@ -100,7 +100,7 @@ def test_routing_is_drawn_as_routing_draws_it(name, options):
         same_tensors(made.model.shared_router, kind.build_shared(routing))
 
 
-@pytest.mark.parametrize("name, options", KINDS, ids=str)
+@pytest.mark.parametrize("name, options", KINDS, ids=spelt)
 def test_missing_weights_are_drawn_and_the_others_kept(tmp_path, uninitialised_is_nan, name, options):
     made = model(name, options)
     made.save_pretrained(tmp_path)
