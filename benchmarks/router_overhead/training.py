@@ -141,6 +141,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         args = arguments.parse(argv)
         arguments.fill_defaults(args)
         args.exit_signal_handler = False  # Ctrl-C ends a benchmark at once
+        args.stop_on_nonfinite = ()  # pretrain's check, which is a read an iteration for every router alike
         arguments.validate(args)
     del args.explicit, args.argv, args.as_config
     return args

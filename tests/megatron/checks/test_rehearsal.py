@@ -25,7 +25,6 @@ SAID = {
     "--padded-vocab-size 100": "--padded-vocab-size 100",
     "--tokenizer-type SentencePieceTokenizer": "--tokenizer-type SentencePieceTokenizer, no --tokenizer-model",
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model x": "--tokenizer-model x: tokenizer_path: x is invalid",
-    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model x": "the package transformers is not installed",
     "--decoder-first-pipeline-num-layers 9 " + " ".join(PP2): "the pipeline's stages would hold 9, -5 of them",
 }
 SCHEDULES = {
@@ -56,6 +55,12 @@ def refusal(args) -> str:
 @pytest.mark.parametrize("words", SAID)
 def test_refused(words):
     assert SAID[words] in refusal(parsed([*BASE, *words.split()]))
+
+
+def test_a_tokenizer_whose_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr(rehearsal, "installed", lambda module: module != "transformers")
+    words = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model x".split()
+    assert "the package transformers is not installed" in refusal(parsed([*BASE, *words]))
 
 
 def without(option: str) -> list[str]:

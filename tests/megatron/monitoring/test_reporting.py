@@ -19,6 +19,7 @@ NATS = 2 * math.log(2)  # two bits a token
 @pytest.fixture
 def args(one_process, monkeypatch):
     args = argparse.Namespace(
+        cuda_graph_impl="none",
         seq_length=64,
         train_iters=4,
         log_interval=2,
