@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.routing.registry import LINEAR
 
 _NEEDED = ("pandas", "scipy", "seaborn", "tabulate")
 _EPILOG = """\
@@ -88,6 +87,8 @@ def _show(of_label: dict, dests: Sequence[str], baseline: str, axis: str, out: P
 
 
 def _baseline(asked: str | None, labels: list[str]) -> str:
+    from rmoe_megablocks.routing import LINEAR  # late: it brings torch
+
     if asked is None:
         return next((label for label in labels if label.split(",")[0] == LINEAR), labels[0])
     if asked not in labels:
