@@ -90,7 +90,7 @@ def _write_code(place: Path) -> None:
     """The model's code beside the weights, for ``trust_remote_code``; why there is none is told."""
     try:
         from rmoe_megablocks.huggingface import RmoeConfig
-        from rmoe_megablocks.huggingface.standalone import write_code
+        from rmoe_megablocks.huggingface.folders.standalone import write_code
     except ImportError:
         partial.say("no code beside the weights: that needs transformers; where this package is, the folder loads")
         return

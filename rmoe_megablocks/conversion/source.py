@@ -138,7 +138,7 @@ def _read(folder: Path) -> tuple[Reader, dict]:
         ) from error
     except (UsageError, OSError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # whatever a damaged pickle raises
+    except Exception as error:  # a damaged pickle raises anything; the export ends here
         raise UsageError(f"{folder} is damaged or incomplete ({type(error).__name__})") from error
     return reader, common
 

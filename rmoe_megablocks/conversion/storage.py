@@ -20,7 +20,7 @@ def in_one_line(target: Path, of_safetensors: type[Exception]) -> Iterator[None]
         yield
     except (UsageError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except Exception as error:  # any, as chains are searched; what is no error of the storage is raised again
         found = storage.find(error) or _of_text(error, of_safetensors)
         if found is None and isinstance(error, OSError):
             found = error

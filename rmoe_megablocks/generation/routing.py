@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmoe_megablocks.huggingface.moe import RmoeRouter
+from rmoe_megablocks.huggingface.layers.moe import RmoeRouter
 
 NULL = "-"
 _TOKEN_WIDTH = 12

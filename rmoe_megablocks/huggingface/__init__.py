@@ -9,9 +9,9 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rmoe_megablocks.huggingface.configuration import RmoeConfig
+from rmoe_megablocks.huggingface.folders.released import LlamaMoeRnnConfig, LlamaMoeRnnForCausalLM
 from rmoe_megablocks.huggingface.modeling import RmoeForCausalLM, RmoeModel, RmoePreTrainedModel
 from rmoe_megablocks.huggingface.release import check
-from rmoe_megablocks.huggingface.released import LlamaMoeRnnConfig, LlamaMoeRnnForCausalLM
 
 check()
 AutoConfig.register(RmoeConfig.model_type, RmoeConfig)

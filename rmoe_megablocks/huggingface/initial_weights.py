@@ -10,7 +10,7 @@ from transformers import initialization
 from rmoe_megablocks.routing import SharedRouting, draw
 
 from .configuration import RmoeConfig
-from .moe import RmoeRouter
+from .layers.moe import RmoeRouter
 
 
 @contextmanager

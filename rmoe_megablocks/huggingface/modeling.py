@@ -15,12 +15,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from rmoe_megablocks.routing import SharedRouting
 
-from .attention import RmoeAttention, RmoeRotaryEmbedding
-from .balancing import load_balancing_loss
 from .cache import CACHE, takes_both_names
 from .configuration import RmoeConfig
 from .initial_weights import build_shared, draw_router, draw_shared
-from .moe import RmoeExperts, RmoeMLP, RmoeRouter, RmoeSparseMoeBlock
+from .layers.attention import RmoeAttention, RmoeRotaryEmbedding
+from .layers.balancing import load_balancing_loss
+from .layers.moe import RmoeExperts, RmoeMLP, RmoeRouter, RmoeSparseMoeBlock
 
 
 class RmoeDecoderLayer(GradientCheckpointingLayer):

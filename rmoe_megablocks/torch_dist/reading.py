@@ -87,7 +87,7 @@ def load_object(content: bytes) -> object:
     """torch.load(weights_only=True), with an :class:`UnsafePickle` that names what was asked for."""
     try:
         unsafe = get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    except Exception:  # an old or a damaged file, which the load below tells
+    except Exception:  # old or damaged: the load below, with its own list, says so
         unsafe = []
     if unsafe:
         raise UnsafePickle(min(unsafe))
@@ -136,7 +136,7 @@ class _Into(LoadPlanner):
         pass
 
     def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError("plans are made by Reader")
+        raise NotImplementedError("plans are made by Reader")  # torch asks for the method and nobody calls it
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan

@@ -80,7 +80,7 @@ class _Lazily(SavePlanner):
         pass
 
     def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError("plans are made by write")
+        raise NotImplementedError("plans are made by write")  # torch asks for the method and nobody calls it
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Any]:
         return create_default_global_save_plan(all_plans)

@@ -12,7 +12,7 @@ from rmoe_megablocks import cli
 from rmoe_megablocks.conversion.folder import tokenizers
 from rmoe_megablocks.generation import routing
 from rmoe_megablocks.huggingface import RmoeForCausalLM
-from rmoe_megablocks.huggingface.moe import choose
+from rmoe_megablocks.huggingface.layers.moe import choose
 from tests.evaluation.made import folder, refused
 from tests.huggingface.built import E, M, model, routers, tokens
 

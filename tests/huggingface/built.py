@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rmoe_megablocks.huggingface import RmoeConfig, RmoeForCausalLM
 from rmoe_megablocks.huggingface.cache import CACHE
-from rmoe_megablocks.huggingface.moe import RmoeRouter
+from rmoe_megablocks.huggingface.layers.moe import RmoeRouter
 from rmoe_megablocks.routing import LINEAR, Argument, get_router_type, router_types
 
 B, S, V, E, K = 2, 9, 61, 4, 2

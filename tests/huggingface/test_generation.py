@@ -58,7 +58,7 @@ def test_attention_and_experts_by_every_implementation(form):
 
 
 def test_implementations_are_those_that_were_asked_for(monkeypatch):
-    from rmoe_megablocks.huggingface import attention
+    from rmoe_megablocks.huggingface.layers import attention
 
     made = model()
     made.set_attn_implementation("eager")

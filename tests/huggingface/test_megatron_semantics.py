@@ -8,8 +8,8 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 
-from rmoe_megablocks.huggingface.balancing import load_balancing_loss
-from rmoe_megablocks.huggingface.moe import choose
+from rmoe_megablocks.huggingface.layers.balancing import load_balancing_loss
+from rmoe_megablocks.huggingface.layers.moe import choose
 from rmoe_megablocks.routing.parts.null_experts import balanced_choices, real_weights
 from tests.huggingface.built import LINEAR_AND_STATEFUL, B, E, K, M, S, close, config, model, tokens
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rmoe_megablocks.huggingface import LlamaMoeRnnConfig, RmoeConfig
-from rmoe_megablocks.huggingface.standalone import write_code
+from rmoe_megablocks.huggingface.folders.standalone import write_code
 from rmoe_megablocks.routing import HEAD, LINEAR, RECURRENCE, RESIDUAL, get_router_type, router_types
 from tests.huggingface.built import M, config, having, model, tokens
 

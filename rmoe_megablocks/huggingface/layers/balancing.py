@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rmoe_megablocks.routing.parts.null_experts import balanced_choices
 
-from .configuration import RmoeConfig
+from ..configuration import RmoeConfig
 
 
 def load_balancing_loss(

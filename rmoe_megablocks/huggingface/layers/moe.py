@@ -10,7 +10,7 @@ from transformers.utils.generic import maybe_autocast
 from rmoe_megablocks.routing import SharedRouting
 from rmoe_megablocks.routing.parts.null_experts import real_weights
 
-from .configuration import RmoeConfig
+from ..configuration import RmoeConfig
 
 
 class RmoeMLP(nn.Module):

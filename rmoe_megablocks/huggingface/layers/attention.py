@@ -7,8 +7,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import takes_both_names
-from .configuration import RmoeConfig
+from ..cache import takes_both_names
+from ..configuration import RmoeConfig
 
 
 class RmoeRotaryEmbedding(nn.Module):

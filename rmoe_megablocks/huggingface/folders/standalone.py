@@ -12,7 +12,7 @@ from pathlib import Path
 import rmoe_megablocks
 from rmoe_megablocks.routing import get_router_type
 
-from .configuration import RmoeConfig
+from ..configuration import RmoeConfig
 
 PACKAGE = "rmoe_megablocks"
 _ROOT = Path(rmoe_megablocks.__file__).parent
@@ -79,7 +79,7 @@ def _rewritten(module: str) -> tuple[str, set[str]]:
     for node in sorted(nodes, key=lambda node: -node.lineno):  # from below: line numbers above stay right
         base = node.module or ""
         if node.level:
-            base = f"{module.rpartition('.')[0]}.{base}"
+            base = ".".join([*module.split(".")[: -node.level], *filter(None, [base])])
         if not base.startswith(PACKAGE):
             continue
         found = list(_imports(base, node.names))

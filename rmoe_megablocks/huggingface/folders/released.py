@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
 
 from rmoe_megablocks.routing import LINEAR, STATE_SIZE
 
-from .configuration import RmoeConfig
-from .modeling import RmoeForCausalLM
+from ..configuration import RmoeConfig
+from ..modeling import RmoeForCausalLM
 
 _NAMES = {"num_local_experts": "num_experts", "moe_expert_intermediate_size": "moe_intermediate_size"}
 _REFUSED = {

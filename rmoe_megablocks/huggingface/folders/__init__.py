@@ -1,0 +1,1 @@
+"""Folders of another layout, and folders that bring their own code."""
