@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rmoe_megablocks.errors import UsageError
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     return _show(of_label, dests, _baseline(args.baseline, list(of_label)), args.x, args.out)
 
 
-def show(folders: Mapping[str, Sequence[Path]], baseline: str, out: Path) -> int:
-    """The same for runs whose labels are known, as those of a study; nothing they differ in is a surprise."""
+def show(folders: Mapping[str, Sequence[Path]], options: Iterable[str], baseline: str, out: Path) -> int:
+    """The same for runs whose labels are known and that ought to differ in ``options`` alone: a study's."""
     from rmoe_megablocks.comparison import groups, runs
 
     of_label = {label: [runs.read_run(folder) for folder in places] for label, places in folders.items()}
-    dests = groups.differing([run for group in of_label.values() for run in group])
-    return _show(of_label, dests, baseline, "iteration", out)
+    found = [run for group in of_label.values() for run in group]
+    return _show(of_label, groups.dests_of_options(options, found), baseline, "iteration", out)
 
 
 def _show(of_label: dict, dests: Sequence[str], baseline: str, axis: str, out: Path | None) -> int:

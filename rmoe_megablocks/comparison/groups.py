@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rmoe_megablocks.comparison.runs import Run
 from rmoe_megablocks.errors import UsageError
@@ -36,6 +36,13 @@ def dests_of(by: str, runs: Sequence[Run]) -> tuple[str, ...]:
         else:
             raise UsageError(f"--by {name}: no run has such an argument (router, or Megatron's name, as lr)")
     return tuple(dict.fromkeys(found))
+
+
+def dests_of_options(options: Iterable[str], runs: Sequence[Run]) -> tuple[str, ...]:
+    """The arguments behind ``options``; any of a router's brings all of them along, as its type decides the others."""
+    names = [option.removeprefix("--").removeprefix("no-").replace("-", "_") for option in options]
+    of_router = router_dests() if set(names) & set(router_dests()) else ()
+    return tuple(dict.fromkeys((*of_router, *(name for name in names if any(name in run.arguments for run in runs)))))
 
 
 def router_dests() -> tuple[str, ...]:

@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"rmoe: failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
         return 1
-    return _compare(runs_dir, [one for one, _ in runs])
+    return _compare(runs_dir, [one for one, _ in runs], planned)
 
 
 def _chosen(name: str, patterns: list[str] | None) -> bool:
     return not patterns or any(fnmatch.fnmatch(name, p) or p in name.split("-") for p in patterns)
 
 
-def _compare(runs_dir: Path, runs: list) -> int:
+def _compare(runs_dir: Path, runs: list, planned) -> int:
     from rmoe_megablocks.comparison import cli as compare
 
     if missing := compare.missing_libraries():
@@ -89,4 +89,4 @@ def _compare(runs_dir: Path, runs: list) -> int:
     labels: dict[str, list[Path]] = {}
     for one in runs:
         labels.setdefault(one.variant, []).append(runs_dir / one.name)
-    return compare.show(labels, next(iter(labels)), runs_dir / "comparison")
+    return compare.show(labels, planned.varied, next(iter(labels)), runs_dir / "comparison")

@@ -43,12 +43,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class Study:
-    """What a file says; ``variants`` are words on the command line by name."""
+    """What a file says; ``variants`` are words on the command line by name, ``varied`` the options they differ in."""
 
     path: Path
     config: Path
     seeds: tuple[int, ...]
     variants: Mapping[str, tuple[str, ...]]
+    varied: frozenset[str]
 
     @property
     def runs(self) -> list[Planned]:
@@ -80,7 +81,7 @@ def read(path: Path) -> Study:
     missing = [key for key in _KEYS if key != "arguments" and not content.get(key)]
     if missing:
         raise wrong(f"{missing[0]} is missing")
-    config = path.parent / str(content["config"])
+    config = (path.parent / str(content["config"])).absolute()
     if not config.is_file():
         raise wrong(f"config: {config} does not exist", "config")
     load_config(config)  # what is wrong with it is said now
@@ -97,7 +98,9 @@ def read(path: Path) -> Study:
             raise wrong(f"variants: {name!r} is no name for a run", "variants", str(name))
     common = _words(content.get("arguments"), "arguments", wrong)
     each = {name: _words(found, f"variants: {name}", wrong) for name, found in variants.items()}
-    return Study(path, config, tuple(map(int, seeds)), {name: (*common, *words) for name, words in each.items()})
+    varied = frozenset(word.partition("=")[0] for words in each.values() for word in words if word.startswith("--"))
+    of_variant = {name: (*common, *words) for name, words in each.items()}
+    return Study(path, config, tuple(map(int, seeds)), of_variant, varied)
 
 
 def _words(arguments: Any, where: str, wrong: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """``rmoe sweep``: what it starts, leaves out, refuses and passes on; in the launcher's place is a stand-in."""
 
+import json
 import os
 import signal
 import sys
@@ -70,6 +71,16 @@ def test_runs_what_is_missing_and_compares(file, stand_in, capsys):
     assert (file.parent / "runs" / "comparison" / "curves.png").is_file()
     assert sweep(file) == 0
     assert ": done in" not in capsys.readouterr().err
+
+
+def test_what_the_study_does_not_vary_is_told(file, stand_in, capsys):
+    """A configuration that was edited between two runs: their words are the same, their arguments are not."""
+    assert sweep(file) == 0
+    assert "Warning" not in capsys.readouterr().out
+    path = file.parent / "runs" / "two-seed2" / "arguments.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 1.0}))
+    assert sweep(file) == 0
+    assert "runs also differ in --lr: one: 0.002; two: 0.002 and 1.0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_of_other_arguments_is_no_part_of_it(file, stand_in, capsys):
