@@ -69,7 +69,7 @@ def step_time(settings: Settings, world_size: int, machine: Hardware) -> StepTim
     head = [tokens / split * n * counted.logits / rate for n in (1, 2)]
 
     forward, backward = (_stages(s, work[i], routed[i], between[i], apart[i], head[i]) for i in (0, 1))
-    message, plain = (_message(s, tokens / share, machine, with_state) for with_state in (True, False))
+    message, plain = (_message(s, tokens / share, world_size, machine, with_state) for with_state in (True, False))
     whole = pipeline.makespan(forward, backward, steps, message)
     busiest = max(steps * (sum(forward[rank]) + sum(backward[rank])) for rank in range(s.pipeline))
     state = whole - pipeline.makespan(forward, backward, steps, plain)
@@ -87,7 +87,7 @@ def step_time(settings: Settings, world_size: int, machine: Hardware) -> StepTim
         bubble=whole - busiest,
         state=state,
         data=data - hidden,
-        shared=_shared(s, machine),
+        shared=_shared(s, world_size, machine),
     )
 
 
@@ -146,27 +146,30 @@ def _tensor(s: Settings, tokens: int, machine: Hardware) -> float:
     return bytes_sent / _rate(machine, s.tensor)
 
 
-def _message(s: Settings, tokens: float, machine: Hardware, with_state: bool) -> float:
+def _message(s: Settings, tokens: float, world_size: int, machine: Hardware, with_state: bool) -> float:
     if s.pipeline == 1:
         return 0.0
     width = s.hidden_size * s.dtype_bytes
     if with_state and s.routing:
         width += max(s.router_dtype_bytes, s.dtype_bytes) * s.routing.state_size
-    apart = s.tensor * s.context * max(1, s.expert // max(1, s.tensor * s.context))
-    return machine.latency + tokens * width / _rate(machine, apart * 2)
+    return machine.latency + tokens * width / _rate(machine, world_size)
 
 
-def _shared(s: Settings, machine: Hardware) -> float:
-    """A ring all-reduce over the stages, between nodes."""
+def _shared(s: Settings, world_size: int, machine: Hardware) -> float:
+    """A ring all-reduce over the stages."""
     if s.pipeline == 1 or s.routing is None or s.routing.shared == s.routing.frozen_shared:
         return 0.0
     turns = 2 * (s.pipeline - 1)
     size = (s.routing.shared - s.routing.frozen_shared) * s.grad_bytes
-    return turns * (machine.latency + size / s.pipeline / _rate(machine, machine.gpus + 1))
+    return turns * (machine.latency + size / s.pipeline / _rate(machine, world_size))
 
 
 def _rate(machine: Hardware, ranks: int) -> float:
-    """Bytes/s a rank sends to another of ``ranks`` neighbours: they share a node, or the slowest way decides."""
+    """Bytes/s a rank sends to another one within so many consecutive ranks: those of a node, or the network decides.
+
+    Megatron counts tensor ranks fastest, then context, expert and data ranks, stages last: neighbouring stages are as
+    many ranks apart as a stage has, and share a node where all ranks do.
+    """
     return (machine.link if ranks <= machine.gpus else machine.network) * machine.reached
 
 

@@ -61,6 +61,14 @@ def test_the_state_costs_its_share_of_a_message(settings):
     assert time.state / time.bubble == pytest.approx(share, rel=0.35), "the messages rule where the network is slow"
 
 
+def test_stages_of_one_node_use_its_links_and_those_of_two_the_network(settings):
+    deep = replace(settings, pipeline=8, micro_batch_size=1)
+    for world, quick, slow in ((8, "network", "link"), (64, "link", "network")):
+        plain, slower = cost.step_time(deep, world, A100), cost.step_time(deep, world, replace(A100, **{slow: 1e9}))
+        other = cost.step_time(deep, world, replace(A100, **{quick: 1e12}))
+        assert slower.bubble > plain.bubble == other.bubble and slower.shared > plain.shared == other.shared
+
+
 def test_found_layouts_fit_and_divide(settings):
     small = replace(A100, memory=24.0)
     for nodes in (1, 4):
