@@ -27,7 +27,7 @@ class Pair:
 
 def text(name: str, machine: Hardware, pairs: Sequence[Pair], missing: Sequence[str]) -> str:
     """Lines for a terminal."""
-    rows = [("nodes", "GPUs", "batch", "s/step", "over", "routing", "state", "shared", "bubble", "messages", "MFU")]
+    rows = [("nodes", "GPUs", "batch", "s/step", "over", "router", "state", "shared", "bubble", "other", "MFU")]
     for pair in pairs:
         time, found = pair.found.time, pair.found
         parts = (time.routing, time.state, time.shared, time.bubble, time.tensor + time.expert + time.data)
@@ -37,9 +37,9 @@ def text(name: str, machine: Hardware, pairs: Sequence[Pair], missing: Sequence[
                 f"{found.world_size:,}",
                 f"{found.settings.global_batch_size:,}",
                 f"{time.total:.3g}",
-                f"{100 * pair.overhead:+.2f} %",
-                *(f"{100 * part / time.total:.2f} %" for part in parts),
-                f"{100 * _utilisation(found, machine):.0f} %",
+                f"{100 * pair.overhead:+.2f}",
+                *(f"{100 * part / time.total:.2f}" for part in parts),
+                f"{100 * _utilisation(found, machine):.0f}",
             )
         )
     about = (
@@ -48,11 +48,11 @@ def text(name: str, machine: Hardware, pairs: Sequence[Pair], missing: Sequence[
         f"node and {machine.network / 1e9:g} GB/s between nodes."
     )
     meaning = (
-        "batch: sequences a step. over: of the step time, the host's own router in the same layout. Shares of the "
-        "step: the router's passes; what the state adds to waiting for pipeline messages; adding the gradients of what "
+        "batch: sequences a step. All else in per cent. over: of the step time, the host's own router in the same "
+        "layout. Shares of the step: the router's passes; what the state adds to waiting for pipeline messages; adding the gradients of what "
         "layers share over the stages; waiting for other stages; other messages."
     )
-    lines = [textwrap.fill(about, 90), "", table(rows), "", textwrap.fill(meaning, 90), ""]
+    lines = [textwrap.fill(about, 80), "", table(rows), "", textwrap.fill(meaning, 80), ""]
     lines += [f"{pair.found.nodes:>6} nodes: {pair.found.layout}" for pair in pairs]
     return "\n".join([*lines, *(f"warning: {line}" for line in missing)])
 

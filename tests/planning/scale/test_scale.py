@@ -116,6 +116,6 @@ def test_the_command(capsys):
     assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k not in ("total", "state")))
     assert cli.main(["plan", CONFIG, "--nodes", "1"]) == 0
     text = capsys.readouterr().out
-    assert "estimates, no GPU was asked" in text and "1 nodes: DP8" in text and max(map(len, text.splitlines())) <= 100
+    assert "estimates, no GPU was asked" in text and "1 nodes: DP8" in text and max(map(len, text.splitlines())) <= 80
     assert cli.main(["plan", CONFIG, "--nodes", "x"]) == 2
     assert "--nodes x: expected N, N,M,... or FIRST:LAST" in capsys.readouterr().err
