@@ -48,9 +48,10 @@ def text(name: str, machine: Hardware, pairs: Sequence[Pair], missing: Sequence[
         f"node and {machine.network / 1e9:g} GB/s between nodes."
     )
     meaning = (
-        "batch: sequences a step. All else in per cent. over: of the step time, the host's own router in the same "
-        "layout. Shares of the step: the router's passes; what the state adds to waiting for pipeline messages; adding the gradients of what "
-        "layers share over the stages; waiting for other stages; other messages."
+        "batch: sequences a step. In per cent: over: what this step takes more than one with the host's own router in "
+        "the same layout. Of the step: the router's passes; what the state adds to waiting for pipeline messages; "
+        "adding the gradients of what layers share over the stages; waiting for other stages; other messages; model "
+        "FLOPs over the peak."
     )
     lines = [textwrap.fill(about, 80), "", table(rows), "", textwrap.fill(meaning, 80), ""]
     lines += [f"{pair.found.nodes:>6} nodes: {pair.found.layout}" for pair in pairs]
