@@ -27,7 +27,7 @@ TITLES = {
     "transition_information": "MI of choices, nats",
     "predictability": "predictability",
     "path_entropy": "path entropy, nats",
-    "domain_specialisation": "domain specialisation",
+    "domain_specialisation": "MI of domain, nats",
     "input_token_specialisation": "input token spec.",
     "next_token_specialisation": "next token spec.",
     "predicted_token_specialisation": "predicted token spec.",
@@ -87,7 +87,7 @@ def _paths(name: str, measure: Mapping) -> dict:
 
 
 def _domains(name: str, measure: Mapping) -> dict:
-    return {name: (_mean(measure["summary"]["value"]), _mean(measure["summary"]["chance"]))}
+    return {name: (_mean(measure["summary"]["information"]), _mean(measure["summary"]["information_chance"]))}
 
 
 def _vocabulary(name: str, measure: Mapping) -> dict:

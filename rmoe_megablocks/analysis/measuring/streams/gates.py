@@ -62,13 +62,14 @@ class Gates:
         number = about.experts
         over = " Sigmoid scores are taken over their sum." if about.score_function == "sigmoid" else ""
         flat = f"{CLOSED}: flat gates"
+        median = "median over tokens, to .4 % or better."
         inside = self._inside.median(ones)[0]
         cut = " Float16 holds no score below 2^-24: a value of 2^24 x the best is a lower bound."
         found = {
             "inside_balance": entry(inside, ["layer"], "ratio", baseline=1.0, baseline_is=flat, source=PAPER,
-                note="best score over the second, median over tokens." + (cut if (inside > 2**20).any() else "")),
+                note="best score over the second, " + median + (cut if (inside > 2**20).any() else "")),
             "outside_balance": entry(self._outside.median(ones)[0], ["layer"], "share", baseline=about.topk / number,
-                baseline_is=flat, source=PAPER, note="sum of the selected scores, median over tokens." + over),
+                baseline_is=flat, source=PAPER, note="sum of the selected scores, " + median + over),
         }  # fmt: skip
         for name, (unit, note) in _MEANS.items():
             if name not in self._sums:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rmoe_megablocks.analysis.measures import chance, load
+from rmoe_megablocks.analysis.measures import chance, choices, load
 from rmoe_megablocks.analysis.measuring.entries import CLOSED, UNIFORM, entry, mean_over
 from rmoe_megablocks.analysis.measuring.passes.pieces import Piece
 from rmoe_megablocks.analysis.measuring.passes.survey import Survey
@@ -120,6 +120,7 @@ class Loads:
 
     def _of_domains(self) -> dict:
         counts, total = self._domain_DLE, self._domain_DLE.sum(2, keepdims=True)
+        told = [[choices.dependence(one) for one in both.transpose(1, 0, 2)] for both in (counts, self._shuffled_DLE)]
         everything = self.counts_LE / np.maximum(self.counts_LE.sum(1, keepdims=True), 1)
         return entry(
             counts / np.where(total, total, np.nan),
@@ -128,11 +129,14 @@ class Loads:
             baseline=np.broadcast_to(everything, counts.shape),
             baseline_is=f"{CLOSED}: the load of the layer, whatever the domain",
             source=_OLMOE,
-            note="of the choices of a domain's tokens, each expert's share. `summary` [L]: what the domain's K "
-            "favourite experts have, mean over tokens, and the same with domains shuffled among the windows.",
+            note="of the choices of a domain's tokens, each expert's share. `summary` [L]: `information`, nats, of "
+            "domain and choice, and `value`, what a domain's K favourite experts have, mean over tokens; chance is the "
+            "same with domains shuffled among the windows. Experts that are busy in all domains raise `value` alone.",
             coordinates={"domain": self._domains},
             tokens=self._tokens_D,
             summary={
+                "information": told[0],
+                "information_chance": told[1],
                 "value": _favourites(counts, self._tokens_D, self._about.topk),
                 "chance": _favourites(self._shuffled_DLE, self._shuffled_tokens_D, self._about.topk),
             },
