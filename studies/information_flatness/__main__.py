@@ -25,13 +25,15 @@ _COLUMNS = {
     "above": "above chance",
     "half": "half copied",
     "copied": "copied",
+    "adjusted": "half, adjusted",
 }
 
 
 def curve(scales: Sequence[float], tokens: int, experts: int, seed: int = 0) -> list[dict[str, float]]:
     """A row a standard deviation of the logits: median inside balance, and mutual information, nats, of independent
     layers (``independent``), the same with tokens ``shuffled``, what is left ``above`` that, of a layer that copies the
-    other for ``half`` of the tokens, and of a ``copied`` one, which is the entropy of its bins."""
+    other for ``half`` of the tokens, of a ``copied`` one, which is the entropy of its bins, and of the half copied one
+    ``adjusted`` for chance and entropy."""
     rows = []
     for scale in scales:
         generator = np.random.default_rng(seed)
@@ -41,7 +43,8 @@ def curve(scales: Sequence[float], tokens: int, experts: int, seed: int = 0) -> 
         powers = np.exp(logits_TLE - logits_TLE.max(-1, keepdims=True))
         scores_TLE = powers / powers.sum(-1, keepdims=True)
         found = information.between_layers(scores_TLE)
-        by_chance = information.between_shuffled_layers(scores_TLE, seed)[0, 1]
+        chance = information.between_shuffled_layers(scores_TLE, seed)
+        by_chance = chance[0, 1]
         rows.append(
             {
                 "deviation": scale,
@@ -51,6 +54,7 @@ def curve(scales: Sequence[float], tokens: int, experts: int, seed: int = 0) -> 
                 "above": found[0, 1] - by_chance,
                 "half": found[0, 2],
                 "copied": found[0, 0],
+                "adjusted": information.adjusted(found, chance)[0, 2],
             }
         )
     return rows
@@ -62,7 +66,7 @@ def table(rows: Sequence[dict[str, float]]) -> str:
     for row in rows:
         cells = [f"{row['deviation']:g}", f"{row['inside_balance']:.2f}"]
         cells += [f"{row[name] + 0.0:.3f}" for name in ("independent", "shuffled")]
-        cells += [f"{row['above']:+.3f}", f"{row['half']:.3f}", f"{row['copied']:.3f}"]
+        cells += [f"{row['above']:+.3f}", f"{row['half']:.3f}", f"{row['copied']:.3f}", f"{row['adjusted']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

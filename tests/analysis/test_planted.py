@@ -41,6 +41,7 @@ def test_a_copied_router_has_the_entropy_and_a_half_copied_one_lies_between():
     assert value[0, 1] == pytest.approx(value[0, 0], abs=1e-12)
     assert value[0, 2] == pytest.approx((value[0, 0] + by_chance[0, 2]) / 2, abs=0.02)
     assert by_chance[0, 1] < 0.8 * value[0, 1]
+    assert array(found, "adjusted")[0] == pytest.approx([1, 1, 0.5], abs=0.02)
 
 
 def test_uniform_loads_have_no_violation():

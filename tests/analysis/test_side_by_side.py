@@ -37,7 +37,7 @@ def test_one_seed_each_has_intervals_over_windows(pair):
     assert entropy.over == "windows" and entropy.low < entropy.difference < entropy.high
     expected = pair[0]["figures"]["entropy"]["value"] - pair[1]["figures"]["entropy"]["value"]
     assert entropy.difference == pytest.approx(expected) and entropy.low > 0
-    above = row(found, "mutual_information_above_chance", "gru")
+    above = row(found, "mutual_information_adjusted", "gru")
     assert above.low < 0 < above.high, "independent layers, however flat"
     assert row(found, "predictability", "gru").isna()[["over", "low", "high"]].all()
     assert "one seed a model" in found.note and "does not show how much another seed" in " ".join(found.text().split())

@@ -167,6 +167,10 @@ def test_few_ids_are_kept_where_tables_are_small(scores):
     options = measuring.Options(resamples=20, table_bytes=8 * 3 * 16 * 2 * 501)
     found = measuring.measure(Planted(scores, token_T=ids), options)["measures"]["vocabulary_specialisation"]
     assert found["ids"] == [501, 501] and "the 500 rarest ids of 1001 are left out, 10.0%" in found["note"]
+    kept = ids <= 500
+    chosen = Planted(scores).arrays["choices_TLK"][kept].astype(int)
+    expected = [specialisation.specialisation(chosen[:, layer], ids[kept], 16).value for layer in range(3)]
+    assert found["value"][0] == pytest.approx(expected)
 
 
 def test_a_sample_of_tokens_for_the_information_is_told(scores):

@@ -16,6 +16,7 @@ def test_the_baseline_removes_what_flatness_alone_gives(tmp_path):
     for row in rows:
         assert row["shuffled"] - 0.03 < row["half"] <= row["copied"]
         assert row["half"] == pytest.approx((row["copied"] + row["shuffled"]) / 2, abs=0.04)
+        assert row["adjusted"] == pytest.approx(0.5, abs=0.04), "half of the tokens, however flat the gates are"
     pytest.importorskip("matplotlib")
     chart = draw(rows, tmp_path / "curve.svg")
     (axes,) = chart.axes

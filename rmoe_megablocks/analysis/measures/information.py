@@ -59,6 +59,20 @@ def between_shuffled_layers(scores_TLE: np.ndarray, seed: int = 0) -> np.ndarray
     return _matrix(masks, [one[order] for one in masks])
 
 
+def adjusted(found_LL: np.ndarray, by_chance_LL: np.ndarray) -> np.ndarray:
+    """[..., L, L], 0 for what chance gives and 1 for a copy: what is above chance over what could be, the mean of both
+    layers' entropies less chance. The adjusted mutual information of Vinh, Epps and Bailey (2010), with shuffled tokens
+    for chance.
+
+    What is above chance is not enough to compare routers: how much there can be depends on how flat gates are as well.
+    A layer that copies another one for half of the tokens has .5 whatever the gates. NaN where chance is all there is.
+    """
+    entropy = np.diagonal(found_LL, axis1=-2, axis2=-1)
+    by_chance = (by_chance_LL + np.swapaxes(by_chance_LL, -1, -2)) / 2  # either layer's tokens shuffled
+    room = (entropy[..., :, None] + entropy[..., None, :]) / 2 - by_chance
+    return (found_LL - by_chance) / np.where(room > 1e-6, room, np.nan)
+
+
 def _matrix(rows: list[np.ndarray], columns: list[np.ndarray]) -> np.ndarray:
     return np.array([[mutual_information(a, b) for b in columns] for a in rows])
 

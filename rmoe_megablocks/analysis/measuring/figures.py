@@ -12,7 +12,7 @@ from rmoe_megablocks.analysis.measuring.entries import mean_over, plain
 #: figures in the order in which they are told, with a title of at most 26 characters
 TITLES = {
     "mutual_information": "MI of layers, nats",
-    "mutual_information_above_chance": "MI above chance, nats",
+    "mutual_information_adjusted": "MI adjusted, 0 to 1",
     "inside_balance": "inside balance",
     "outside_balance": "outside balance",
     "entropy": "entropy, nats",
@@ -71,7 +71,8 @@ def _information(name: str, measure: Mapping) -> dict:
     pairs = np.triu_indices(len(value), 1)
     # of the shuffled both orders, of which one layer's tokens are shuffled and then the other's
     by_chance = _mean(((chance + chance.T) / 2)[pairs])
-    return {name: (_mean(value[pairs]), by_chance), f"{name}_above_chance": (_mean(value[pairs]) - by_chance, 0.0)}
+    share = _array(measure["adjusted"])[pairs]
+    return {name: (_mean(value[pairs]), by_chance), f"{name}_adjusted": (_mean(share), 0.0)}
 
 
 def _dead(name: str, measure: Mapping) -> dict:

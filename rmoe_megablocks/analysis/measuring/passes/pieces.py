@@ -12,7 +12,12 @@ from rmoe_megablocks.analysis.measuring.options import Options
 from rmoe_megablocks.analysis.measuring.passes.survey import KINDS, Survey
 from rmoe_megablocks.errors import UsageError
 
-CHUNK = 4096  # tokens of a piece: the masks of 24 layers of 16 experts fit a core's cache
+_SCORES = 2**21  # of a piece at most, and so the size of what is computed of them
+
+
+def chunk(layers: int, experts: int) -> int:
+    """Tokens of a piece: 4096, of wide models fewer."""
+    return max(64, min(4096, _SCORES // (layers * experts)))
 
 
 @dataclass
@@ -54,7 +59,7 @@ def pieces(recording: Any, found: Survey, options: Options) -> Iterator[Piece]:
         stop = start + len(batch.token_T)
         cuts = {start, stop}
         cuts |= set(ends[(ends > start) & (ends < stop)].tolist())
-        for size in (CHUNK, options.batch_tokens):
+        for size in (chunk(len(recording.about.layers), recording.about.experts), options.batch_tokens):
             cuts |= set(range(-(-start // size) * size, stop, size)) - {start}
         ordered = sorted(cuts)
         for low, high in zip(ordered, ordered[1:], strict=False):

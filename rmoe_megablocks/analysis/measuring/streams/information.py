@@ -14,7 +14,7 @@ import numpy as np
 from rmoe_megablocks.analysis.measures import information
 from rmoe_megablocks.analysis.measuring.entries import PAPER, SHUFFLED, entry, mean_over
 from rmoe_megablocks.analysis.measuring.options import Options
-from rmoe_megablocks.analysis.measuring.passes.pieces import CHUNK, Piece
+from rmoe_megablocks.analysis.measuring.passes.pieces import Piece, chunk
 from rmoe_megablocks.analysis.measuring.passes.sampling import Sample
 from rmoe_megablocks.analysis.measuring.passes.survey import Survey
 
@@ -142,9 +142,10 @@ class Information:
             order = np.random.default_rng(self._seed).permutation(len(self._kept))
             layers = self._bins_ELR.shape[1]
             logs, own = np.zeros((layers, layers)), np.zeros(layers)
-            for start in range(0, len(order), CHUNK):
-                masks = masks_of(np.ascontiguousarray(self._bins_ELR[:, :, start : start + CHUNK]))
-                other = masks_of(np.ascontiguousarray(self._bins_ELR[:, :, order[start : start + CHUNK]]))
+            rows = chunk(layers, self._experts)
+            for start in range(0, len(order), rows):
+                masks = masks_of(np.ascontiguousarray(self._bins_ELR[:, :, start : start + rows]))
+                other = masks_of(np.ascontiguousarray(self._bins_ELR[:, :, order[start : start + rows]]))
                 logs += log_counts(masks, other)
                 summed = LogCounts(len(masks), self._experts, masks.shape[-1], masks.dtype)
                 own += [summed(masks[:, :, layer], masks[:, :, layer]) for layer in range(layers)]
@@ -158,16 +159,19 @@ class Information:
 
     def entries(self) -> dict:
         used = int(self._tokens_J.sum())
+        value = self.value(np.ones((1, len(self._tokens_J))))[0]
         return {
             "mutual_information": entry(
-                self.value(np.ones((1, len(self._tokens_J))))[0],
+                value,
                 ["layer", "other_layer"],
                 "nats",
                 baseline=self.baseline(),
                 baseline_is=SHUFFLED,
                 source=f"{PAPER}: 100 bins of linspace(0, 1), mean over tokens",
                 note=f"{used} tokens; baseline of {len(self._kept)}, drawn evenly and shuffled. The diagonal is a "
-                "layer's entropy. Flat gates alone move the value, so read what is above the baseline.",
+                "layer's entropy. Flat gates alone move the value and what it can be: `adjusted` [L, L] is 0 for "
+                "chance and 1 for a copy, whatever the gates (adjusted mutual information, Vinh et al. 2010).",
+                adjusted=information.adjusted(value, self.baseline()),
                 tokens=used,
                 baseline_tokens=len(self._kept),
             )
@@ -178,10 +182,9 @@ class Information:
         if layers < 2:
             return {}
         pairs = np.triu_indices(layers, 1)
-        found = mean_over(self.value(weights_BJ)[:, pairs[0], pairs[1]])
-        chance = self.baseline()
-        symmetric = (chance + chance.T) / 2
+        value = self.value(weights_BJ)
+        share = information.adjusted(value, self.baseline())
         return {
-            "mutual_information": found,
-            "mutual_information_above_chance": found - float(symmetric[pairs].mean()),
+            "mutual_information": mean_over(value[:, pairs[0], pairs[1]]),
+            "mutual_information_adjusted": mean_over(share[:, pairs[0], pairs[1]]),
         }
