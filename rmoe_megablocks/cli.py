@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
-        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval"):
+        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval", "import"):
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {
             "data": data_cli.run,
