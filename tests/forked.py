@@ -89,4 +89,5 @@ def _run(function: str, arguments: tuple, environment: dict[str, str], log: str)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as in an interpreter of its own
     pkgutil.resolve_name(function)(*arguments)
