@@ -34,6 +34,7 @@ def main() -> None:
 
 
 def _import_everything() -> None:
+    import rmoe_megablocks.megatron  # noqa: F401  CPU mode before Megatron
     from rmoe_megablocks import cli, doctor  # noqa: F401
     from rmoe_megablocks.compat.megatron import options
     from rmoe_megablocks.launcher import __main__  # noqa: F401
