@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
+from rmoe_megablocks.analysis.measuring import arguments as measuring
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation.cli import add_trust, at_least_one
@@ -40,9 +40,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--device", help="as cpu or cuda:1 (default: a GPU if there is one)")
     add("--tokenizer-model", type=Path, metavar="FILE", help="the SentencePiece model that a dataset was made with")
     add_trust(add)
-    for name in ("measuring", "report"):
-        if importlib.util.find_spec(f"rmoe_megablocks.analysis.{name}") is not None:
-            importlib.import_module(f"rmoe_megablocks.analysis.{name}.arguments").add_arguments(parser)
+    measuring.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
