@@ -53,10 +53,10 @@ def choice_of(
     chosen_TN = chosen_TE
     if logits_TN.shape[1] > experts:
         missing_T1 = topk - chosen_TE.sum(-1, keepdim=True)
-        rank_TM = logits_TN[:, experts:].argsort(-1, descending=True, stable=True).argsort(-1)
+        rank_TM = logits_TN[:, experts:].argsort(dim=-1, descending=True, stable=True).argsort(-1)
         chosen_TN = torch.cat((chosen_TE, rank_TM < missing_T1), dim=-1)
     ranked_TN = selection_TN.masked_fill(~chosen_TN, -torch.inf)
-    values_TN, order_TN = ranked_TN.sort(-1, descending=True, stable=True)
+    values_TN, order_TN = ranked_TN.sort(dim=-1, descending=True, stable=True)
     values_TK, choices_TK = values_TN[:, :topk], order_TN[:, :topk]
     # capacity or quantiles may have left a token fewer than K
     choices_TK = choices_TK.masked_fill((choices_TK >= experts) | values_TK.isneginf(), -1)
@@ -68,9 +68,9 @@ def choice_of(
 
 @dataclass(frozen=True)
 class Carried:
-    """A layer's state after its step: length of what the head reads of it, means of the gates over its width; [T], fp32.
+    """A layer's state after its step, each [T], fp32: length of what the head reads of it, means of the gates over P.
 
-    None of what the type has not: gates are the GRU's.
+    None for what the type has not: gates are the GRU's.
     """
 
     state_norm_T: Tensor | None = None

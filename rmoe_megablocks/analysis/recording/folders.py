@@ -65,11 +65,11 @@ def record(args: argparse.Namespace, folder: Path, name: str, target: Path, data
     found = routers.find(model, folder)
     parts = _parts(args, folder, model, tokenizer, read)
     about = about_of(args, folder, name, model, found, tokenizer, parts, dtype)
-    writer = Writer(target, about)
-    complete = _pass(model, found, parts, args.micro_batch_size or _BATCH, device, writer)
-    if not writer.token_ids:
-        raise KeyboardInterrupt
-    writer.finish(complete, similarities(model, found), vocabulary(writer.token_ids, tokenizer))
+    with Writer(target, about) as writer:
+        complete = _pass(model, found, parts, args.micro_batch_size or _BATCH, device, writer)
+        if not writer.token_ids:
+            raise KeyboardInterrupt
+        writer.finish(complete, similarities(model, found), vocabulary(writer.token_ids, tokenizer))
     return complete
 
 

@@ -14,7 +14,7 @@ from rmoe_megablocks.analysis.measures.weights import expert_similarity, row_sim
 
 
 def similarities(model: torch.nn.Module, found: Any) -> dict[str, np.ndarray]:
-    """Matrices [L, E, E] of a model of transformers with the routers ``found``; without those that it has no weights for.
+    """Matrices [L, E, E] of a model of transformers with the routers ``found``, without what it has no weights for.
 
     Experts are those of gate_up_proj [E, 2F, H] and down_proj [E, H, F], as ours, Mixtral's and OLMoE's.
     """

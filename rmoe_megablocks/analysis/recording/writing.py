@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -140,6 +141,14 @@ class Writer:
             replace_text(self.folder / VOCABULARY, json.dumps(texts, ensure_ascii=False) + "\n")
         self.about.complete = complete
         self.about.save(self.folder)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error) -> None:
+        """After an error: what is written stays, and says that it is partial; of nothing, nothing is left."""
+        if kind is not None and not self.about.shards:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _shard(self, rows: int) -> None:
         import pyarrow.parquet as parquet
