@@ -138,7 +138,7 @@ def _record(args: argparse.Namespace, model: Model, target: Path, data: list[Nam
     if model.kind == _TRACE:
         from rmoe_megablocks.analysis.recording import traces
 
-        traces.read(model.path, model.name, target)
+        traces.read(model.path, model.name, target, args.tokens)
         return True
     if model.kind == _FOLDER:
         from rmoe_megablocks.evaluation.cli import need
@@ -159,6 +159,9 @@ def _measure(args: argparse.Namespace, models: list[Model], recordings: list[Rec
     from rmoe_megablocks.analysis.measuring.arguments import options_of
 
     options = options_of(args)
+    for recording in recordings:
+        if len(recording.about.layers) == 1:
+            print(f"rmoe: {recording.about.name} has one layer with experts: nothing compares layers", file=sys.stderr)
     measured = [measuring.measure(recording, options) for recording in recordings]
     if args.steps:
         for path in dict.fromkeys(model.path for model in models if model.step is not None):
