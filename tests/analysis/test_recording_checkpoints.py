@@ -12,8 +12,8 @@ pytest.importorskip("pyarrow", reason="pip install 'rmoe-megablocks[analyze]'")
 
 from rmoe_megablocks import cli, data, yaml12
 from rmoe_megablocks.analysis.recording.about import About
-from rmoe_megablocks.analysis.recording.checkpoints import Pass, Streams, _join
 from rmoe_megablocks.analysis.recording.reading import Recording
+from rmoe_megablocks.analysis.recording.recorders.checkpoints import Pass, Streams, _join
 from rmoe_megablocks.analysis.recording.texts import Named
 from rmoe_megablocks.analysis.recording.writing import Writer
 from rmoe_megablocks.data import embedded_corpus

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from rmoe_megablocks import cli
-from rmoe_megablocks.analysis.recording import folders
 from rmoe_megablocks.analysis.recording.reading import Recording
+from rmoe_megablocks.analysis.recording.recorders import folders
 from rmoe_megablocks.conversion.folder import tokenizers
 from rmoe_megablocks.evaluation import loading
 from rmoe_megablocks.routing.parts.recurrent import RecurrentLayer

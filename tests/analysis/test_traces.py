@@ -10,9 +10,9 @@ pytest.importorskip("pyarrow", reason="pip install 'rmoe-megablocks[analyze]'")
 import torch
 from megatron.core.transformer.moe.router_trace import RouterTracer, load_logits_for_record
 
-from rmoe_megablocks.analysis.recording import traces
 from rmoe_megablocks.analysis.recording.about import About
 from rmoe_megablocks.analysis.recording.reading import Recording
+from rmoe_megablocks.analysis.recording.recorders import traces
 from rmoe_megablocks.analysis.recording.writing import Writer
 from rmoe_megablocks.errors import UsageError
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 return 130
         recordings.append(Recording.open(target))
     if args.write_trace:
-        from rmoe_megablocks.analysis.recording import traces
+        from rmoe_megablocks.analysis.recording.recorders import traces
 
         traces.write(recordings[0], args.write_trace)
     if not args.no_measures:
@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace, models: list[Model], to_record: list[Model]
 
 def _record(args: argparse.Namespace, model: Model, target: Path, data: list[Named]) -> bool:
     if model.kind == _TRACE:
-        from rmoe_megablocks.analysis.recording import traces
+        from rmoe_megablocks.analysis.recording.recorders import traces
 
         traces.read(model.path, model.name, target, args.tokens)
         return True
@@ -145,10 +145,10 @@ def _record(args: argparse.Namespace, model: Model, target: Path, data: list[Nam
 
         need("transformers")
         need("safetensors")
-        from rmoe_megablocks.analysis.recording import folders
+        from rmoe_megablocks.analysis.recording.recorders import folders
 
         return folders.record(args, model.path, model.name, target, data)
-    from rmoe_megablocks.analysis.recording import checkpoints
+    from rmoe_megablocks.analysis.recording.recorders import checkpoints
 
     return checkpoints.record(args, model.path, model.step, model.name, target, data)
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from rmoe_megablocks import data as datasets
 from rmoe_megablocks import yaml12
-from rmoe_megablocks.analysis.recording.about import About
+from rmoe_megablocks.analysis.recording.about import About, ToldAlready
+from rmoe_megablocks.analysis.recording.recorders.weights import ROUTER_ROWS, gathered
 from rmoe_megablocks.analysis.recording.texts import Named, data_entry, vocabulary
-from rmoe_megablocks.analysis.recording.weights import ROUTER_ROWS, gathered
 from rmoe_megablocks.analysis.recording.writing import Writer, new_folder
 from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.errors import UsageError
@@ -109,7 +109,7 @@ def _prepared(one: Named, split: str | None, settings: Path, scratch: Path) -> t
 
 
 def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -> Pass:
-    """Raises UsageError if the launcher fails; it has said why."""
+    """Raises ToldAlready if the launcher fails."""
     text, metadata = texts.of_dataset(dataset, split)
     streams = place / "streams"
     streams.mkdir(parents=True)
@@ -117,7 +117,7 @@ def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -
     command = [*words, "--dataset", str(place / "data"), "--runs-dir", str(place), "--run-name", "run"]
     code = checkpoints.launch(command, **{RECORD_TO: str(streams)})
     if code:
-        raise UsageError(f"Megatron ended with code {code}, as told above: nothing was recorded")
+        raise ToldAlready(code)
     summary = json.loads((place / "run" / "summary.json").read_bytes())
     used = json.loads((place / "run" / "arguments.json").read_bytes())
     left_out = summary["evaluation"]["test"].get("left_out", "")
