@@ -145,4 +145,4 @@ def test_layouts_and_export_agree(tmp_path):
         for key, matrix in reference.weights.items():
             np.testing.assert_allclose(recording.weights[key], matrix, atol=1e-6)
         for figure, entry in json.loads(said.read_text())["figures"].items():
-            assert entry["value"] == pytest.approx(measures[figure]["value"], abs=1e-5), (name, figure)
+            assert entry["value"] == pytest.approx(measures[figure]["value"], abs=1e-6), (name, figure)
