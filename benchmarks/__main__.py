@@ -14,6 +14,7 @@ from rmoe_megablocks.process import report as report_error
 BENCHMARKS = {
     "routing_step": "the routing step of one layer, in every form: time, error, memory, distance to the roofline",
     "router_overhead": "what a training step costs with the gru router over the linear one, with an A/A control",
+    "analysis_speed": "how fast the measures of rmoe analyze stream over recorded routing, and their peak memory",
     "moe_layer": "tokens per second of one MoE layer: Megatron's sequential experts, MegaBlocks' grouped ones",
 }
 

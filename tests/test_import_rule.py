@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": (),
     "routing": ("kernels",),
     "torch_dist": (),
-    "analysis": (),
+    "analysis": ("comparison",),
     "data": (),
     "compat": ("data", "routing", "kernels"),
     "megatron": ("compat", "data", "routing", "kernels", "planning", "torch_dist"),

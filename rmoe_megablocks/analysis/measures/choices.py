@@ -8,12 +8,20 @@ import numpy as np
 
 
 def saturation(chosen_TK: np.ndarray, last_TK: np.ndarray) -> float:
-    """Share of the last checkpoint's choices that an earlier one made as well, mean over tokens (OLMoE, 2409.02060).
+    """Share of the last checkpoint's choices that an earlier one made as well, over all tokens (OLMoE, 2409.02060).
 
-    Two unrelated routers with uniform loads have K/E.
+    Entries below 0 are no choices: none of the last one's counts, and none is found. Two unrelated routers with uniform
+    loads have K/E.
     """
-    same = (chosen_TK[:, :, None] == last_TK[:, None, :]).any(-1)
-    return float(same.mean())
+    found, of = same(chosen_TK, last_TK)
+    return found / of if of else float("nan")
+
+
+def same(chosen_TK: np.ndarray, last_TK: np.ndarray) -> tuple[int, int]:
+    """How many of the last one's choices the other made as well, and how many the last one made."""
+    real = last_TK >= 0
+    found = (last_TK[..., :, None] == chosen_TK[..., None, :]).any(-1) & real
+    return int(found.sum()), int(real.sum())
 
 
 def together(chosen_TK: np.ndarray, experts: int) -> np.ndarray:
@@ -74,6 +82,37 @@ def predicted(logits_TE: np.ndarray, chosen_TK: np.ndarray) -> float:
     with uniform loads."""
     k = chosen_TK.shape[1]
     return saturation(np.argpartition(-logits_TE, k - 1, axis=1)[:, :k], chosen_TK)
+
+
+def predictability(fitted_EE: np.ndarray, held_out_EE: np.ndarray, k: int) -> tuple[float, float]:
+    """Share of the next layer's choices that are among the K most frequent ones after this layer's best expert, and the
+    share of the K that are most frequent whatever this layer chose, which is what chance gives.
+
+    Counts [best expert of this layer, choice of the next]: the K are taken from one half of the text, the shares from
+    the other, so that a table with as many entries as there are tokens does not predict by heart.
+    """
+    total = held_out_EE.sum()
+    if not total or not fitted_EE.sum():
+        return float("nan"), float("nan")
+    overall = fitted_EE.sum(0)
+    # ties, as in rows nobody fitted, go to what is frequent overall
+    ranked = fitted_EE + overall / (overall.sum() + 1)
+    best = np.argsort(-ranked, axis=1, kind="stable")[:, :k]
+    usual = np.argsort(-overall, kind="stable")[:k]
+    hits = np.take_along_axis(held_out_EE, best, axis=1).sum()
+    return float(hits / total), float(held_out_EE[:, usual].sum() / total)
+
+
+def dependence(counts_EE: np.ndarray) -> float:
+    """Mutual information, nats, of a table of counts: 0 where rows are alike. Of N counted pairs, independent ones have
+    about (E-1)^2 / 2N."""
+    total = counts_EE.sum()
+    if not total:
+        return float("nan")
+    share = counts_EE / total
+    by_chance = share.sum(1, keepdims=True) * share.sum(0, keepdims=True)
+    there = share > 0
+    return float((share[there] * np.log(share[there] / by_chance[there])).sum())
 
 
 def _one_hot(chosen_TK: np.ndarray, experts: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Measures of several models side by side."""
