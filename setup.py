@@ -47,7 +47,9 @@ EXTRAS_REQUIRE = {
     # rmoe data prepare reads .zst with Python's own module, which 3.14 brings; this is the same for older ones
     "zstd": ["backports.zstd>=1.0; python_version < '3.14'"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["compare"]
+# rmoe analyze
+EXTRAS_REQUIRE["analyze"] = [*EXTRAS_REQUIRE["compare"], "pyarrow>=18.0", "matplotlib>=3.8", "jinja2>=3.1"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["analyze"]
 # <<< requirements
 
 # Not above: nothing that launch/environment.sh makes needs it.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rmoe_megablocks import __version__, doctor
+from rmoe_megablocks.analysis import cli as analysis_cli
 from rmoe_megablocks.comparison import cli as compare_cli
 from rmoe_megablocks.compat.megablocks import cli as install_cli
 from rmoe_megablocks.conversion import cli as conversion_cli
@@ -37,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     conversion_cli.add_arguments(commands)
     evaluation_cli.add_arguments(commands)
     generation_cli.add_arguments(commands)
+    analysis_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
-        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval", "import"):
+        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval", "import", "analyze"):
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {
             "data": data_cli.run,
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "import": conversion_cli.run,
             "eval": evaluation_cli.run,
             "generate": generation_cli.run,
+            "analyze": analysis_cli.run,
             "doctor": doctor.run,
             "install": install_cli.run,
         }
