@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rmoe_megablocks.analysis.recording import routers
 from rmoe_megablocks.analysis.recording.about import About
-from rmoe_megablocks.analysis.recording.texts import Named, vocabulary
+from rmoe_megablocks.analysis.recording.texts import Named, data_entry, vocabulary
 from rmoe_megablocks.analysis.recording.weights import similarities
 from rmoe_megablocks.analysis.recording.writing import Writer, new_folder
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
@@ -110,16 +110,6 @@ def about_of(args, folder, name, model, found, tokenizer, parts, dtype) -> About
         score_function=kind.score_function,
         config={**card, "computed_in": dtype},
     )
-
-
-def data_entry(named: Named, tokens: np.ndarray) -> dict[str, Any]:
-    """One text as a recording tells of it: of the tokens that go in."""
-    return {
-        "label": named.label,
-        "name": named.path.name,
-        "tokens": len(tokens),
-        "sha256": texts.checksum(tokens),
-    }
 
 
 def _plain(value: object) -> bool:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.evaluation.texts import checksum
 
 _LABEL = re.compile(r"[^/=.]+(?==.)")
 
@@ -36,6 +39,16 @@ def named(words: Sequence[str]) -> list[Named]:
             raise UsageError(f"--data {word}: the label {one.label} is there twice: write LABEL=FILE")
         found.append(one)
     return found
+
+
+def data_entry(named: Named, tokens: np.ndarray) -> dict[str, Any]:
+    """One text as a recording tells of it: of the tokens that go in."""
+    return {
+        "label": named.label,
+        "name": named.path.name,
+        "tokens": len(tokens),
+        "sha256": checksum(tokens),
+    }
 
 
 def vocabulary(ids: Iterable[int], tokenizer: Any | None) -> dict[int, str]:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rmoe_megablocks.analysis.measures.weights import expert_similarity, row_similarity
 
+#: of a router layer, the first that it has
+ROUTER_ROWS = ("router", "head.weight", "reader.weight", "head.embeddings", "reader.embeddings")
+
 
 def similarities(model: torch.nn.Module, found: Any) -> dict[str, np.ndarray]:
     """Matrices [L, E, E] of a model of transformers with the routers ``found``, without what it has no weights for.
@@ -41,7 +44,7 @@ def similarities(model: torch.nn.Module, found: Any) -> dict[str, np.ndarray]:
 
 def router_rows(layer: torch.nn.Module) -> Tensor | None:
     """The matrix [E, P] or [E, H] that gives a router layer its logits, if one alone does."""
-    for name in ("router", "head.weight", "reader.weight", "head.embeddings", "reader.embeddings"):
+    for name in ROUTER_ROWS:
         found: Any = layer
         for part in name.split("."):
             found = getattr(found, part, None)
