@@ -71,22 +71,20 @@ def by_layer(name: str, measured: Sequence[dict]) -> Any:
     return made
 
 
-def _draw(ax: Any, lines: Sequence[tuple]) -> None:
-    shown: list[np.ndarray] = []
-    for label, number, layers, value, chance in lines:
+def _draw(ax: Any, lines: Sequence[_Line]) -> None:
+    dashed = [line for line in lines if line[4] is not None]
+    chances = [np.broadcast_to(array(line[4]), line[3].shape) for line in dashed]
+    one_for_all = all(one.shape == chances[0].shape and np.allclose(one, chances[0], equal_nan=True) for one in chances)
+    for label, number, layers, value, _ in lines:
         look = {"color": style.MODEL_COLOURS[number], "marker": style.MODEL_MARKERS[number]}
+        ax.plot(layers[: len(value)], value, label=label, linewidth=1.8, markersize=5, **look)
+    for (label, number, layers, value, _), chance in zip(dashed, chances, strict=True):
         x = layers[: len(value)]
-        ax.plot(x, value, label=label, linewidth=1.8, markersize=5, **look)
-        if chance is None:
-            continue
-        dashes = np.broadcast_to(array(chance), value.shape)
-        if any(np.allclose(dashes, other, equal_nan=True) for other in shown if other.shape == dashes.shape):
-            continue
-        shown.append(dashes)
-        name = "chance" if len(lines) == 1 or np.ndim(chance) == 0 else f"chance, {label}"
-        line = style.CHANCE | ({} if name == "chance" else {"color": look["color"]})
-        xs = x if len(x) > 1 else [x[0] - 0.5, x[0] + 0.5]
-        ax.plot(xs, dashes if len(x) > 1 else np.repeat(dashes, 2), label=name, **line)
+        look = style.CHANCE if one_for_all else style.CHANCE | {"color": style.MODEL_COLOURS[number]}
+        xs, ys = (x, chance) if len(x) > 1 else ([x[0] - 0.5, x[0] + 0.5], np.repeat(chance, 2))
+        ax.plot(xs, ys, label="chance" if one_for_all else f"chance, {label}", **look)
+        if one_for_all:
+            break
     ax.set_xlabel("layer of the model", fontsize=10)
     style.whole_ticks(ax.xaxis, sorted({layer for line in lines for layer in line[2][: len(line[3])]}))
     values = np.concatenate([line[3] for line in lines])

@@ -14,11 +14,12 @@ from rmoe_megablocks.analysis.report.curves import array, labels
 DOMAINS = 6
 
 
-def _panels(panels: Sequence[tuple], columns: int, bar: str, *, centre: float | None, limits: tuple[float, float] | None,
-            small: bool = True) -> Any:  # fmt: skip
+def _panels(
+    panels: Sequence[tuple], columns: int, bar: str, *, centre: float | None, limits: tuple[float, float] | None
+) -> Any:
     """Panels (title, matrix, label x, label y, ticks x, ticks y), row by row; one colour bar."""
     rows = -(-len(panels) // columns)
-    wide = 2.9 if small else 4.0
+    wide = 2.9
     made = style.figure(max(wide * columns + 1.0, 4.4), wide * rows + 0.3)
     everything = np.concatenate([panel[1].reshape(-1) for panel in panels])
     finite = everything[np.isfinite(everything)]
@@ -30,8 +31,11 @@ def _panels(panels: Sequence[tuple], columns: int, bar: str, *, centre: float | 
     places = []
     for place, (title, matrix, label_x, label_y, ticks_x, ticks_y) in enumerate(panels, 1):
         ax = made.add_subplot(rows, columns, place)
-        shown = ax.imshow(np.ma.masked_invalid(matrix), cmap="viridis" if centre is None else "PuOr_r", vmin=low,
-            vmax=high, aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", interpolation="nearest")  # fmt: skip
+        square = "equal" if matrix.shape[0] == matrix.shape[1] else "auto"
+        colours = "viridis" if centre is None else "PuOr_r"
+        shown = ax.imshow(
+            np.ma.masked_invalid(matrix), colours, vmin=low, vmax=high, aspect=square, interpolation="nearest"
+        )
         ax.set_facecolor("#cccccc")
         ax.set_title(title, fontsize=9.5)
         ax.set_xlabel(label_x, fontsize=9)
@@ -62,8 +66,13 @@ def information(measured: Sequence[dict]) -> Any:
     for label, one, measure in _having("mutual_information", measured):
         if len(one["layers"]) < 2:
             continue
-        adjusted = measure.get("adjusted")
-        matrix = array(adjusted) if adjusted is not None else array(measure["value"]) - array(measure["baseline"])
+        value, chance = array(measure["value"]), array(measure["baseline"])
+        matrix = measure.get("adjusted")
+        if matrix is None:
+            entropy = np.diagonal(value)
+            most = (entropy[:, None] + entropy) / 2 - chance
+            matrix = np.where(most > 0, (value - chance) / np.where(most > 0, most, 1), np.nan)
+        matrix = array(matrix)
         panels.append((label, matrix, "layer", "layer", one["layers"], one["layers"]))
     if not panels:
         return None

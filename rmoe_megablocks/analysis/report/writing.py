@@ -53,13 +53,16 @@ def write(folder: Path, recordings: Sequence[Any], measured: Sequence[dict], tok
     samples = [sample(recording, max(min(tokens, fitting), 1)) for recording in recordings]
     for one, name in zip(samples, names, strict=True):
         one["name"] = name
+    for _, made in drawn:  # places are found once, not for every file
+        made.draw_without_rendering()
+        made.set_layout_engine("none")
     pictures = _pictures([made for _, made in drawn])
     figures = [
         {"name": entry.name, "title": entry.title, "section": entry.section, "wide": entry.wide, "png": picture,
          **gallery.caption(entry, measured)}
         for (entry, _), picture in zip(drawn, pictures, strict=True)
     ]  # fmt: skip
-    page = _render(names, recordings, measured, figures, samples, tokens)
+    page = _render(names, recordings, measured, figures, samples)
     try:
         _files(folder, drawn, names, measured)
         beside = folder / "index.html.part"
@@ -96,7 +99,7 @@ def _files(folder: Path, drawn: Sequence[tuple], names: Sequence[str], measured:
         measuring.write(one, target)
 
 
-def _render(names, recordings, measured, figures, samples, tokens) -> str:
+def _render(names, recordings, measured, figures, samples) -> str:
     import jinja2
     import markupsafe
 
@@ -118,7 +121,6 @@ def _render(names, recordings, measured, figures, samples, tokens) -> str:
         samples=samples,
         partial=[not getattr(recording.about, "complete", True) for recording in recordings],
         cut=[len(one["token"]) for one in samples],
-        asked=tokens,
         styles=markupsafe.Markup((PARTS / "page.css").read_text(encoding="utf-8")),
         script=markupsafe.Markup((PARTS / "page.js").read_text(encoding="utf-8")),
     )

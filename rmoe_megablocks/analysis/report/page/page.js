@@ -197,22 +197,21 @@
       for (e = 0; e < one.experts; e++) most = Math.max(most, one.score_of(t, l, e));
       for (e = 0; e < one.experts; e++) {
         var bar = make("span", null, "bar"), score = one.score_of(t, l, e);
-        bar.style.height = Math.max(3, 30 * score) + "px";
+        bar.style.height = Math.max(1, 40 * score) + "px";
         bar.title = "expert " + e + ": " + show(score, 4);
-        paint(bar, e);
-        bar.style.borderBottomWidth = "2px";
+        bar.style.background = COLOURS[e % COLOURS.length];
         bars.appendChild(bar);
       }
       bars.setAttribute("role", "img");
       bars.setAttribute("aria-label", "scores of experts 0 to " + (one.experts - 1) + ", greatest " + show(most));
       if (one.score === "softmax") {
         var chance = make("i");
-        chance.style.bottom = 30 / one.experts + "px";
+        chance.style.bottom = 40 / one.experts + "px";
         chance.title = "flat scores: 1/" + one.experts;
         bars.appendChild(chance);
       }
       row.appendChild(make("td", String(layer), "n"));
-      row.appendChild(make("td", chosen.join(", ")));
+      row.appendChild(make("td", chosen.join(", "), "w"));
       row.appendChild(make("td")).appendChild(bars);
       columns.forEach(function (column) { row.appendChild(make("td", show(one.number(column[0], t, l)), "n")); });
       body.appendChild(row);
