@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rmoe_megablocks.analysis.measuring import arguments as measuring
 from rmoe_megablocks.data.split import SPLITS
-from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation.cli import add_trust, at_least_one
 
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     about.need("pyarrow")
     try:
         return command.run(args)
+    except about.ToldAlready as error:
+        return error.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError as error:
-        raise UsageError(f"standard output was closed: {error}") from None

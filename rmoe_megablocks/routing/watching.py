@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,15 @@ from rmoe_megablocks.routing.layer import RECURRENCE, RouterLayer
 from rmoe_megablocks.routing.parts.recurrent import RecurrentLayer, SharedCell
 from rmoe_megablocks.routing.reference import gru_gates
 from rmoe_megablocks.routing.types.stateful.gru import GRUCell
+
+#: environment variable: the folder to which a host's processes write rows of :func:`row_dtype`
+RECORD_TO = "RMOE_RECORD_ROUTING"
+
+
+def row_dtype(experts: int, topk: int, carried: tuple[str, ...]) -> np.dtype:
+    """One token of one layer, as processes hand it over; ``carried``: names of :func:`carries`."""
+    fields = [("choices", "<i2", (topk,)), ("scores", "<f2", (experts,)), ("margin", "<f4")]
+    return np.dtype([*fields, *((name, "<f4") for name in carried)])
 
 
 @dataclass(frozen=True)

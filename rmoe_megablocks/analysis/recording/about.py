@@ -107,6 +107,14 @@ class About:
         return None
 
 
+class ToldAlready(Exception):
+    """Another process failed with the exit code ``code``, and has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def _has_no_default(one: dataclasses.Field) -> bool:
     return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
 

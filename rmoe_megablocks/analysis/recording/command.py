@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 return 130
         recordings.append(Recording.open(target))
     if args.write_trace:
-        from rmoe_megablocks.analysis.recording import traces
+        from rmoe_megablocks.analysis.recording.recorders import traces
 
         traces.write(recordings[0], args.write_trace)
     if not args.no_measures:
@@ -136,19 +136,19 @@ def _check(args: argparse.Namespace, models: list[Model], to_record: list[Model]
 
 def _record(args: argparse.Namespace, model: Model, target: Path, data: list[Named]) -> bool:
     if model.kind == _TRACE:
-        from rmoe_megablocks.analysis.recording import traces
+        from rmoe_megablocks.analysis.recording.recorders import traces
 
-        traces.read(model.path, model.name, target)
+        traces.read(model.path, model.name, target, args.tokens)
         return True
     if model.kind == _FOLDER:
         from rmoe_megablocks.evaluation.cli import need
 
         need("transformers")
         need("safetensors")
-        from rmoe_megablocks.analysis.recording import folders
+        from rmoe_megablocks.analysis.recording.recorders import folders
 
         return folders.record(args, model.path, model.name, target, data)
-    from rmoe_megablocks.analysis.recording import checkpoints
+    from rmoe_megablocks.analysis.recording.recorders import checkpoints
 
     return checkpoints.record(args, model.path, model.step, model.name, target, data)
 
@@ -159,6 +159,9 @@ def _measure(args: argparse.Namespace, models: list[Model], recordings: list[Rec
     from rmoe_megablocks.analysis.measuring.arguments import options_of
 
     options = options_of(args)
+    for recording in recordings:
+        if len(recording.about.layers) == 1:
+            print(f"rmoe: {recording.about.name} has one layer with experts: nothing compares layers", file=sys.stderr)
     measured = [measuring.measure(recording, options) for recording in recordings]
     if args.steps:
         for path in dict.fromkeys(model.path for model in models if model.step is not None):

@@ -1,6 +1,6 @@
 """Each rank writes what its layers' routers do with its tokens in an exact evaluation, for who joins it afterwards.
 
-Asked for by the environment variable :data:`ENVIRONMENT`, the folder: it is no argument of a run, as it changes
+Asked for by the environment variable ``RMOE_RECORD_ROUTING``, the folder: it is no argument of a run, as it changes
 nothing of one. A rank appends a row a token to ``layer-NNNNN.dp-R.bin`` for each of its layers, in the order of its
 micro-batches, window by window, and the last stage the likeliest next tokens to ``predicted.dp-R.bin`` (int32).
 ``rank-N.json`` says which layers and columns a rank has. Padding windows are among the rows. Disk space:
@@ -25,9 +25,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from rmoe_megablocks.errors import CommonError
-from rmoe_megablocks.routing.watching import StateWatch, carries, choice_of
+from rmoe_megablocks.routing.watching import RECORD_TO, StateWatch, carries, choice_of, row_dtype
 
-ENVIRONMENT = "RMOE_RECORD_ROUTING"
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 #: others choose by more than a token's own logits, so that a margin would mean nothing
 _BY_LOGITS = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
@@ -37,12 +36,6 @@ _ONE_PART = {
 }
 
 
-def row_dtype(experts: int, topk: int, carried: tuple[str, ...]) -> np.dtype:
-    """A token in a layer's file."""
-    fields = [("choices", "<i2", (topk,)), ("scores", "<f2", (experts,)), ("margin", "<f4")]
-    return np.dtype([*fields, *((name, "<f4") for name in carried)])
-
-
 @contextmanager
 def recorded(model: list[torch.nn.Module], args) -> Iterator[None]:
     """Around an evaluation: the routers' files are written if they are asked for.
@@ -50,7 +43,7 @@ def recorded(model: list[torch.nn.Module], args) -> Iterator[None]:
     Raises:
         CommonError: layouts in which a rank has parts of a window; a dense model.
     """
-    folder = os.environ.get(ENVIRONMENT)
+    folder = os.environ.get(RECORD_TO)
     if not folder:
         yield
         return

@@ -18,7 +18,7 @@ _CLOSE = 0.02  # of bfloat16's weights
 
 @dataclass(frozen=True)
 class Kind:
-    """What all routers of a model have in common; the rest as in :class:`.about.About`."""
+    """What all routers of a model have in common; the rest as in :class:`..about.About`."""
 
     router_type: str
     experts: int

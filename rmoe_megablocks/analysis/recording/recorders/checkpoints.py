@@ -10,23 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from rmoe_megablocks import data as datasets
 from rmoe_megablocks import yaml12
-from rmoe_megablocks.analysis.recording.about import About
+from rmoe_megablocks.analysis.recording.about import About, ToldAlready
+from rmoe_megablocks.analysis.recording.recorders.weights import ROUTER_ROWS, gathered
 from rmoe_megablocks.analysis.recording.texts import Named, data_entry, vocabulary
-from rmoe_megablocks.analysis.recording.weights import ROUTER_ROWS, gathered
 from rmoe_megablocks.analysis.recording.writing import Writer, new_folder
 from rmoe_megablocks.command_line import groups_of
-from rmoe_megablocks.conversion import source as sources
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import checkpoints, texts
-from rmoe_megablocks.megatron.monitoring.routing_stream import ENVIRONMENT, row_dtype
-from rmoe_megablocks.process import progress_stream
+from rmoe_megablocks.process import progress_stream, quiet_warnings
+from rmoe_megablocks.routing.watching import RECORD_TO, row_dtype
+
+if TYPE_CHECKING:
+    from rmoe_megablocks.conversion.source import Source
 
 _FOLDERS_ALONE = ("dtype", "device", "tokenizer_model")
 _ONE = ("--tensor-model-parallel-size", "--context-parallel-size")
@@ -107,15 +109,15 @@ def _prepared(one: Named, split: str | None, settings: Path, scratch: Path) -> t
 
 
 def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -> Pass:
-    """Raises UsageError if the launcher fails; it has said why."""
+    """Raises ToldAlready if the launcher fails."""
     text, metadata = texts.of_dataset(dataset, split)
     streams = place / "streams"
     streams.mkdir(parents=True)
     checkpoints.one_split(dataset, split, metadata, place / "data")
     command = [*words, "--dataset", str(place / "data"), "--runs-dir", str(place), "--run-name", "run"]
-    code = checkpoints.launch(command, **{ENVIRONMENT: str(streams)})
+    code = checkpoints.launch(command, **{RECORD_TO: str(streams)})
     if code:
-        raise UsageError(f"Megatron ended with code {code}, as told above: nothing was recorded")
+        raise ToldAlready(code)
     summary = json.loads((place / "run" / "summary.json").read_bytes())
     used = json.loads((place / "run" / "arguments.json").read_bytes())
     left_out = summary["evaluation"]["test"].get("left_out", "")
@@ -126,8 +128,11 @@ def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -
     return Pass(one, tokens, metadata.tokenizer, streams, used, summary["iterations"], bool(left_out))
 
 
-def _source(above: Path, step: int | None) -> tuple[sources.Source | None, str]:
+def _source(above: Path, step: int | None) -> tuple[Source | None, str]:
     """The checkpoint's weights and model; else why they cannot be had, which recorded routing does not need."""
+    quiet_warnings(speaks=True)
+    from rmoe_megablocks.conversion import source as sources  # imports Megatron
+
     try:
         return sources.open_source(above, step, None, trusts_router=True, any_vocabulary=True), ""
     except UsageError as error:
@@ -174,7 +179,7 @@ class Streams:
         return found
 
 
-def _about(name: str, above: Path, passes: list[Pass], streams: Streams, found: sources.Source | None) -> About:
+def _about(name: str, above: Path, passes: list[Pass], streams: Streams, found: Source | None) -> About:
     used = passes[0].args
     return About(
         name=name,
@@ -192,7 +197,7 @@ def _about(name: str, above: Path, passes: list[Pass], streams: Streams, found: 
         data=[data_entry(one.named, one.tokens[:-1]) for one in passes],
         seq_length=used["seq_length"],
         score_function=used["moe_router_score_function"],
-        config=dict(found.config) if found else {},
+        config={**found.config, "vocab_size": used.get("vocab_size")} if found else {},
         seed=used.get("seed"),
     )
 
@@ -241,7 +246,7 @@ def _join_pass(writer: Writer, one: Pass, first: int, advance: Callable[[int], N
     return True, windows
 
 
-def _similarities(found: sources.Source | None, about: About) -> dict[str, np.ndarray]:
+def _similarities(found: Source | None, about: About) -> dict[str, np.ndarray]:
     """Of the checkpoint's own files: no rank has all experts."""
     if found is None:
         return {}

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rmoe_megablocks.analysis.recording import routers
 from rmoe_megablocks.analysis.recording.about import About
+from rmoe_megablocks.analysis.recording.recorders import routers
+from rmoe_megablocks.analysis.recording.recorders.weights import similarities
 from rmoe_megablocks.analysis.recording.texts import Named, data_entry, vocabulary
-from rmoe_megablocks.analysis.recording.weights import similarities
 from rmoe_megablocks.analysis.recording.writing import Writer, new_folder
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.errors import UsageError
