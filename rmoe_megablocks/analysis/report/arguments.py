@@ -26,9 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, models: int) -> None:
-    """Before a long recording. Raises UsageError: too many models, a folder that is a file, a missing extra."""
+    """Before a long recording. Raises UsageError: too many models, a folder that is a file, a missing extra,
+    --no-measures."""
     if args.report is None:
         return
+    if args.no_measures:
+        raise UsageError("--report shows measures: leave --no-measures out")
     check_models(models)
     if args.report_tokens < 1:
         raise UsageError(f"--report-tokens {args.report_tokens}: expected 1 or more")

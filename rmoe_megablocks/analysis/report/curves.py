@@ -11,32 +11,74 @@ from rmoe_megablocks.analysis.report import style
 
 #: title, label of the axis, how to read it; measures with axis layer
 BY_LAYER = {
-    "inside_balance": ("Inside balance", "best score / second best", "Above 1 the best expert has more than the second."),
-    "outside_balance": ("Outside balance", "sum of selected scores (share)", "Near 1 the chosen experts have all the mass."),
+    "inside_balance": (
+        "Inside balance",
+        "best score / second best",
+        "Above 1 the best expert has more than the second.",
+    ),
+    "outside_balance": (
+        "Outside balance",
+        "sum of selected scores (share)",
+        "Near 1 the chosen experts have all the mass.",
+    ),
     "entropy": ("Entropy of the scores", "entropy (nats)", "Low: sharp gates; at the chance line the gates are flat."),
-    "margin": ("Margin of the selection", "margin (logits)", "K-th logit less the next: small, and little moves a choice."),
-    "state_norm": ("Length of the routing state", "length (no unit)", "How long the state handed on to the next layer is."),
+    "margin": (
+        "Margin of the selection",
+        "margin (logits)",
+        "K-th logit less the next: small, and little moves a choice.",
+    ),
+    "state_norm": (
+        "Length of the routing state",
+        "length (no unit)",
+        "How long the state handed on to the next layer is.",
+    ),
     "update_gate": ("Update gate", "mean gate (share)", "Near 1 the state is kept as the layer before left it."),
     "reset_gate": ("Reset gate", "mean gate (share)", "Near 0 the former state is not looked at."),
-    "max_violation_global": ("MaxVio of all tokens", "largest load / mean load - 1", "0: all experts are equally busy."),
-    "max_violation_batch": ("MaxVio of a batch", "largest load / mean load - 1", "As above, within batches of the text."),
+    "max_violation_global": (
+        "MaxVio of all tokens",
+        "largest load / mean load - 1",
+        "0: all experts are equally busy.",
+    ),
+    "max_violation_batch": (
+        "MaxVio of a batch",
+        "largest load / mean load - 1",
+        "As above, within batches of the text.",
+    ),
     "gini": ("Gini coefficient of the loads", "Gini (0 to 1)", "0: equal loads; (E-1)/E: one expert has everything."),
     "dead_experts": ("Dead experts", "experts (number)", "Experts with less than 1 % of the mean load on this text."),
-    "predictability": ("Predictability of the next layer", "right guesses (share)", "The next layer's choices told by this one's."),
-    "expert_similarity": ("Similarity of experts' weights", "mean cosine x 3", "Of the weights; the paper's, with the diagonal."),
-    "router_similarity": ("Similarity of router rows", "mean cosine (-1 to 1)", "Of different rows of a layer's router."),
-}  # fmt: skip
+    "predictability": (
+        "Predictability of the next layer",
+        "right guesses (share)",
+        "The next layer's choices told by this one's.",
+    ),
+    "expert_similarity": (
+        "Similarity of experts' weights",
+        "mean cosine x 3",
+        "Of the weights; the paper's, with the diagonal.",
+    ),
+    "router_similarity": (
+        "Similarity of router rows",
+        "mean cosine (-1 to 1)",
+        "Of different rows of a layer's router.",
+    ),
+}
 #: measure, key of the value in it, key of its chance
 WITHIN = {
     "domain_information": ("domain_specialisation", "information", "information_chance"),
     "transition_information": ("transitions", "information", "information_baseline"),
 }
 WITHIN_TITLES = {
-    "domain_information": ("What a choice tells of the domain", "mutual information (nats)",
-        "0: all domains go the same way; at most the entropy of the domains."),
-    "transition_information": ("What a choice tells of the next layer's", "mutual information (nats)",
-        "Of the chosen experts of neighbouring layers; shown at the first of the two."),
-}  # fmt: skip
+    "domain_information": (
+        "What a choice tells of the domain",
+        "mutual information (nats)",
+        "0: all domains go the same way; at most the entropy of the domains.",
+    ),
+    "transition_information": (
+        "What a choice tells of the next layer's",
+        "mutual information (nats)",
+        "Of the chosen experts of neighbouring layers; shown at the first of the two.",
+    ),
+}
 KINDS = {"input_token": "input token", "next_token": "next token", "predicted_token": "predicted token"}
 #: label, number of the model, layers, value [L], chance [L], one number or None
 _Line = tuple[str, int, Sequence[int], np.ndarray, Any]

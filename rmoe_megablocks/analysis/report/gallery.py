@@ -55,13 +55,13 @@ def entries() -> list[Entry]:
     wide = partial(Entry, wide=True)
     return [
         wide("mutual_information", "Mutual information of layers", "Layers", "mutual_information",
-            "What one layer's scores tell of another's, of each pair of layers, as a share of the most there can be; the "
-            "diagonal is a layer with itself.", maps.information,
+            "What one layer's scores tell of another's, of each pair of layers, as a share of the most there "
+            "can be; the diagonal is a layer with itself.", maps.information,
             "0, the dark end of the colours: what shuffled tokens have was taken off; 1 is a copy"),
         *_layers("Layers", "transition_information", "predictability"),
         wide("transitions", "From layer to layer", "Layers", "transitions",
-            "Row i: where tokens of expert i go in the next layer, less what the next layer's loads alone give. Orange is "
-            "more often than chance, purple less often, grey an expert that nobody chose.", maps.transitions,
+            "Row i: where tokens of expert i go in the next layer, less what the next layer's loads alone give. Orange "
+            "is more often than chance, purple less often, grey an expert that nobody chose.", maps.transitions,
             "0 everywhere, white: the mark on the colour bar"),
         wide("paths", "Commonest paths", "Layers", "paths",
             "The sequences of best experts that most tokens take, expert numbers from the first layer to the last.",
@@ -73,8 +73,8 @@ def entries() -> list[Entry]:
             "1 everywhere, white: the mark on the colour bar"),
         *_layers("Loads", "max_violation_global", "max_violation_batch", "gini", "dead_experts"),
         wide("coverage", "Coverage", "Loads", "coverage",
-            "The share of all choices that the N busiest experts of a layer have; the further above the dashed line, the "
-            "more uneven.", curves.coverage, "the dashed line: equal loads"),
+            "The share of all choices that the N busiest experts of a layer have; the further above the dashed line, "
+            "the more uneven.", curves.coverage, "the dashed line: equal loads"),
         wide("saturation", "Saturation over training", "Over training", "saturation",
             "The overlap of a checkpoint's choices with the last one's, which is 1 at the end.",
             partial(curves.over_training, "saturation")),
@@ -82,16 +82,17 @@ def entries() -> list[Entry]:
             "How much more than the mean the busiest expert of a layer has, less 1.",
             partial(curves.over_training, "load_over_training"), "0, the dashed line: equal loads"),
         wide("coactivation", "Who is chosen together", "Specialisation", "coactivation",
-            "Where expert i was chosen, how often j was too, less a random router's share. The diagonal is left out, grey.",
+            "Where expert i was chosen, how often j was too, less a random router's share. The diagonal is left "
+            "out, grey.",
             maps.coactivation, "0 everywhere, white: the mark on the colour bar"),
         wide("domain_specialisation", "Domains", "Specialisation", "domain_specialisation",
-            "An expert's share of a domain's choices, less its share of all. Orange: the domain's tokens come here more "
-            f"often. At most {maps.DOMAINS} domains are drawn; the CSV has all.", maps.domains,
+            "An expert's share of a domain's choices, less its share of all. Orange: the domain's tokens come here "
+            f"more often. At most {maps.DOMAINS} domains are drawn; the CSV has all.", maps.domains,
             "0 everywhere, white: the mark on the colour bar"),
         *_layers("Specialisation", "domain_information"),
         wide("vocabulary_specialisation", "Token ids", "Specialisation", "vocabulary_specialisation",
-            "Of an id's choices, the share of its K favourite experts, by the token read, the true next and the predicted "
-            "next one. Rare ids look special by chance, so read the distance to the dashed line.", curves.vocabulary),
+            "Of an id's choices, the share of its K favourite experts, by the token read, the true next and the "
+            "predicted next one. Rare ids look special by chance, so read the distance to the dashed line.", curves.vocabulary),
         *_layers("Weights", "expert_similarity", "router_similarity"),
     ]  # fmt: skip
 
