@@ -92,7 +92,8 @@ def entries() -> list[Entry]:
         *_layers("Specialisation", "domain_information"),
         wide("vocabulary_specialisation", "Token ids", "Specialisation", "vocabulary_specialisation",
             "Of an id's choices, the share of its K favourite experts, by the token read, the true next and the "
-            "predicted next one. Rare ids look special by chance, so read the distance to the dashed line.", curves.vocabulary),
+            "predicted next one. Rare ids look special by chance, so read the distance to the dashed "
+            "line.", curves.vocabulary),
         *_layers("Weights", "expert_similarity", "router_similarity"),
     ]  # fmt: skip
 
