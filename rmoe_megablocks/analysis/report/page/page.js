@@ -180,9 +180,9 @@
     scroll.setAttribute("aria-label", "The token through the layers of " + one.name);
     var columns = [["margin", "margin, logits"], ["state_norm", "state length"], ["update_gate", "update gate"],
       ["reset_gate", "reset gate"]].filter(function (column) { return one.has(column[0]); });
-    ["layer", "experts (scores)", "all scores"].concat(columns.map(function (column) { return column[1]; }))
+    ["layer", "experts (scores)"].concat(columns.map(function (column) { return column[1]; }), ["all scores"])
       .forEach(function (name, i) {
-        var cell = make("th", name, i > 2 || i === 0 ? "n" : "");
+        var cell = make("th", name, i === 0 || (i > 1 && i < columns.length + 2) ? "h" : "");
         cell.scope = "col";
         head.appendChild(cell);
       });
@@ -212,8 +212,8 @@
       }
       row.appendChild(make("td", String(layer), "n"));
       row.appendChild(make("td", chosen.join(", "), "w"));
-      row.appendChild(make("td")).appendChild(bars);
       columns.forEach(function (column) { row.appendChild(make("td", show(one.number(column[0], t, l)), "n")); });
+      row.appendChild(make("td")).appendChild(bars);
       body.appendChild(row);
     });
     scroll.appendChild(table);
