@@ -61,7 +61,7 @@ setup(
     description="A layerwise recurrent (GRU) router for Megatron-Core mixture-of-experts models",
     license="Apache-2.0",
     packages=find_packages(include=["rmoe_megablocks", "rmoe_megablocks.*"]),
-    package_data={"rmoe_megablocks": ["data/corpus/*.xz", "launcher/*.txt"]},
+    package_data={"rmoe_megablocks": ["data/corpus/*.xz", "launcher/*.txt", "analysis/report/page/*"]},
     python_requires=PYTHON_REQUIRES,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

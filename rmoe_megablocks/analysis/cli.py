@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rmoe_megablocks.analysis.measuring import arguments as measuring
+from rmoe_megablocks.analysis.report import arguments as report
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.evaluation.cli import add_trust, at_least_one
 
@@ -40,6 +41,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--tokenizer-model", type=Path, metavar="FILE", help="the SentencePiece model that a dataset was made with")
     add_trust(add)
     measuring.add_arguments(parser)
+    report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

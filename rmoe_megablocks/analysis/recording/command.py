@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rmoe_megablocks.analysis.recording.reading import Recording, is_recording
 from rmoe_megablocks.analysis.recording.texts import Named, named
+from rmoe_megablocks.analysis.report import arguments as report
 from rmoe_megablocks.errors import UsageError
 
 _RECORDED, _TRACE, _FOLDER, _CHECKPOINT = "recording", "trace", "folder", "checkpoint"
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Records and measures; the exit code. Raises UsageError before anything was written, or for one model's fault."""
     models = _models(args)
     to_record = [model for model in models if model.kind != _RECORDED]
+    report.check(args, len({model.path for model in models}))
     data = named(args.data or [])
     _check(args, models, to_record, data)
     recordings: list[Recording] = []
@@ -175,3 +177,17 @@ def _measure(args: argparse.Namespace, models: list[Model], recordings: list[Rec
         print(f"{recording.about.name}: {recording.about.tokens:,} tokens, {folder / 'measures.json'}")
     if len(measured) > 1 or args.compare:
         print(measuring.compare(measured, baseline=args.baseline).text())
+    if args.report:
+        from rmoe_megablocks.analysis.report import write
+
+        # of a run's checkpoints the last, which has the figures over training
+        shown = [
+            i
+            for i, model in enumerate(models)
+            if not any(
+                other.path == model.path and (recordings[j].about.iteration or 0) > (recordings[i].about.iteration or 0)
+                for j, other in enumerate(models)
+            )
+        ]
+        chosen = [recordings[i] for i in shown], [measured[i] for i in shown]
+        print(f"report: {write(args.report, *chosen, tokens=args.report_tokens)}")
