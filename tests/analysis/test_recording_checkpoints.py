@@ -13,7 +13,7 @@ pytest.importorskip("pyarrow", reason="pip install 'rmoe-megablocks[analyze]'")
 from rmoe_megablocks import cli, data, yaml12
 from rmoe_megablocks.analysis.recording.about import About
 from rmoe_megablocks.analysis.recording.reading import Recording
-from rmoe_megablocks.analysis.recording.recorders.checkpoints import Pass, Streams, _join
+from rmoe_megablocks.analysis.recording.recorders.checkpoints import Pass, Streams, _join, _tokenizer_of
 from rmoe_megablocks.analysis.recording.texts import Named
 from rmoe_megablocks.analysis.recording.writing import Writer
 from rmoe_megablocks.data import embedded_corpus
@@ -146,3 +146,18 @@ def test_layouts_and_export_agree(tmp_path):
             np.testing.assert_allclose(recording.weights[key], matrix, atol=1e-6)
         for figure, entry in json.loads(said.read_text())["figures"].items():
             assert entry["value"] == pytest.approx(measures[figure]["value"], abs=1e-6), (name, figure)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"--num-layers": 2}, "bytes"),  # the embedded text
+        ({"--tokenizer-type": "GPTSentencePieceTokenizer"}, None),
+        ({"--train-data-path": ["a"]}, None),
+        ({"--per-split-data-args-path": "a.json"}, None),
+        ({"--mock-data": True}, None),
+        ({"--dataset": "nowhere"}, None),
+    ],
+)
+def test_the_tokenizer_of_a_run_without_a_dataset(given, kind):
+    assert _tokenizer_of(given) == kind

@@ -91,13 +91,21 @@ def record(args: argparse.Namespace, above: Path, step: int | None, name: str, t
     return complete
 
 
+def _tokenizer_of(given: dict[str, Any]) -> str | None:
+    """Of a run with these arguments: its dataset's, that of bytes where it names no data and so has the embedded text;
+    None where it cannot be told."""
+    if given.get("--dataset"):
+        own = Path(given["--dataset"])
+        return datasets.DatasetMetadata.load(own).tokenizer if own.is_dir() else None
+    named = ("--mock-data", "--tokenizer-type", "data-path", "data-args-path")
+    return None if any(value and option.endswith(named) for option, value in given.items()) else "bytes"
+
+
 def _prepared(one: Named, split: str | None, settings: Path, scratch: Path) -> tuple[Named, Path, str]:
     """A dataset of the text, and its split: made here of a text file where the run's tokenizer is that of bytes."""
     if texts.is_dataset(one.path):
         return one, one.path, split or "test"
-    given = yaml12.read(settings).content["MODEL_ARGS"]
-    own = given.get("--dataset")
-    kind = datasets.DatasetMetadata.load(Path(own)).tokenizer if own and Path(own).is_dir() else None
+    kind = _tokenizer_of(yaml12.read(settings).content["MODEL_ARGS"])
     if kind != "bytes":
         raise UsageError(
             f"--data {one.path}: a checkpoint is recorded on a folder of rmoe data prepare, as its run's tokenizer "
