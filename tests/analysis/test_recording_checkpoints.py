@@ -13,7 +13,7 @@ pytest.importorskip("pyarrow", reason="pip install 'rmoe-megablocks[analyze]'")
 from rmoe_megablocks import cli, data, yaml12
 from rmoe_megablocks.analysis.recording.about import About
 from rmoe_megablocks.analysis.recording.reading import Recording
-from rmoe_megablocks.analysis.recording.recorders.checkpoints import Pass, Streams, _join, _tokenizer_of
+from rmoe_megablocks.analysis.recording.recorders.checkpoints import Pass, Streams, _join, _prepared, _tokenizer_of
 from rmoe_megablocks.analysis.recording.texts import Named
 from rmoe_megablocks.analysis.recording.writing import Writer
 from rmoe_megablocks.data import embedded_corpus
@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert cli.main([str(word) for word in words]) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("rmoe: error: ") and said in line, words
-    (tmp_path / "run" / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": {}}))
+    (tmp_path / "run" / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": {"--mock-data": True}}))
     assert cli.main([str(word) for word in usual]) == 2
     assert "is recorded on a folder of rmoe data prepare" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -146,6 +146,14 @@ def test_layouts_and_export_agree(tmp_path):
             np.testing.assert_allclose(recording.weights[key], matrix, atol=1e-6)
         for figure, entry in json.loads(said.read_text())["figures"].items():
             assert entry["value"] == pytest.approx(measures[figure]["value"], abs=1e-6), (name, figure)
+
+
+def test_a_text_is_a_dataset_of_one_split(tmp_path):
+    (tmp_path / "text").write_bytes(b"a text that is no UTF-8: \xff")
+    (tmp_path / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": {"--num-layers": 2}}))
+    one = Named("text", tmp_path / "text")
+    _, place, split = _prepared(one, None, tmp_path / "config.yaml", tmp_path)
+    assert data.DatasetMetadata.load(place).splits[split].tokens == 26
 
 
 @pytest.mark.parametrize(

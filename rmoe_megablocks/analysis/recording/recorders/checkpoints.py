@@ -112,8 +112,8 @@ def _prepared(one: Named, split: str | None, settings: Path, scratch: Path) -> t
             f"({kind or 'unknown'}) is not that of bytes"
         )
     place = scratch / f"text-{one.label}"
-    datasets.prepare([one.path], place, split="0,0,100%", input_format="bytes")
-    return one, place, "test"
+    datasets.prepare([one.path], place, split="100%,0,0", input_format="bytes")
+    return one, place, "train"
 
 
 def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -> Pass:
