@@ -28,7 +28,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="FILE",
         type=Path,
         required=True,
-        help="JSON or JSON lines, also compressed: instruction, input, output (Alpaca), or messages of role and content",
+        help="JSON or JSON lines, also compressed: instruction, input, output (Alpaca); or messages of role, content",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="the new folder, of the same kind")
     add("--resume", action="store_true", help="go on where the same command was interrupted")

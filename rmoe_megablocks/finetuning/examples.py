@@ -47,7 +47,7 @@ def end_of_response(tokenizer: Any) -> int:
 
 
 def as_jinja(tokenizer: Any) -> str:
-    """The plain template in the form in which a tokenizer keeps it: its ``apply_chat_template`` then asks as rows do."""
+    """The plain template as a tokenizer keeps it, whose ``apply_chat_template`` then asks as rows do."""
     end = "{{ eos_token }}" if tokenizer.eos_token_id is not None else "{{ '\\x00' }}"
     heads = "".join(
         f"{{%- {'if' if role == SYSTEM else 'elif'} m.role == '{role}' %}}{{{{ {text!r} }}}}"

@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains and writes the folder; 0, or 130 after a signal. Raises UsageError, one line."""
     rank = int(os.environ.get("RANK", "0"))
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        gpus = torch.cuda.device_count()
         raise UsageError(
-            f"one process for {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node "
-            f"{torch.cuda.device_count()} -m rmoe_megablocks.cli finetune ..., or CUDA_VISIBLE_DEVICES=0 for one of them"
+            f"one process for {gpus} GPUs: torchrun --nproc-per-node {gpus} -m rmoe_megablocks.cli finetune ..., or "
+            "CUDA_VISIBLE_DEVICES=0 for one of them"
         )
     # what the work is done in: partial.writing makes it, and it becomes --out when all is written
     place = args.out.with_name(args.out.name + ".partial")

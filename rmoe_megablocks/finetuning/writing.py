@@ -75,7 +75,7 @@ def write(args: argparse.Namespace, place: Path, model: torch.nn.Module, tokeniz
             partial.say(f"no code beside the weights: {error}")
     tokenizer.save_pretrained(place)
     if (args.model / _PADDING).is_file():
-        shutil.copyfile(args.model / PADDING, place / _PADDING)
+        shutil.copyfile(args.model / _PADDING, place / _PADDING)
     summary = summary_of(args, told)
     (place / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     card = args.model / _CARD

@@ -4,7 +4,9 @@ import importlib.util
 
 import pytest
 
-_MISSING = [name for name in ("transformers", "trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+_MISSING = [
+    name for name in ("transformers", "trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None
+]
 
 if _MISSING:
 

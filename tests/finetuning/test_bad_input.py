@@ -50,6 +50,7 @@ def test_places(made, tmp_path, capsys):
 def test_folders(made, tmp_path, capsys):
     place = tiny(tmp_path / "hf")
     words = ["finetune", place, "--data", made[1], "--out", tmp_path / "out"]
+    capsys.readouterr()
     config(place, router_options={"moe_router_rnn_hidden_size": 7})  # another P than the weights'
     assert "mismatched_keys" in refused(capsys, *words)
     config(place, router_type="linear", router_options={}, moe_layer_freq=[0, 0, 0])

@@ -1,7 +1,7 @@
 """What of a row is predicted: the assistant's words and their end, in the ids that generation has as well."""
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rmoe_megablocks.conversion.folder import tokenizers
@@ -44,6 +44,7 @@ def learnt() -> PreTrainedTokenizerFast:
     """Pairs of bytes that go over any boundary, a beginning and an end."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"]
     )
@@ -56,7 +57,9 @@ def test_plain_template_of_bytes(eod):
     tokenizer = tokenizers._bytes(eod)
     end = 0 if eod is None else 256
     made = make([ALPACA, CHAT], tokenizer, 500)
-    assert bytes(made.ids[0][:-1]) == b"### Instruction:\nAdd.\n1 2\n\n### Response:\n3, I say" and made.ids[0][-1] == end
+    assert (
+        bytes(made.ids[0][:-1]) == b"### Instruction:\nAdd.\n1 2\n\n### Response:\n3, I say" and made.ids[0][-1] == end
+    )
     asked = "### System:\nBe <|endoftext|>\n\n### Instruction:\né?\n\n### Response:\n"
     again = "\n\n### Instruction:\nWhy?\n\n### Response:\n"
     assert made.ids[1] == [*asked.encode(), *b"yes", end, *again.encode(), *b"so", end]
@@ -117,7 +120,11 @@ def test_a_chat_template_of_the_folder():
 def test_rows_that_are_too_long():
     tokenizer = tokenizers._bytes(None)
     prompt = len(b"### Instruction:\nAdd.\n1 2\n\n### Response:\n")
-    for length, skipped, said in ((prompt, 1, []), (prompt + 2, 0, [list(b"3,")]), (prompt + 8, 0, [list(b"3, I say")])):
+    for length, skipped, said in (
+        (prompt, 1, []),
+        (prompt + 2, 0, [list(b"3,")]),
+        (prompt + 8, 0, [list(b"3, I say")]),
+    ):
         made = make([ALPACA], tokenizer, length)
         assert (made.skipped, made.cut, len(made.ids)) == (skipped, 1, 1 - skipped)
         assert [run for ids, labels in zip(made.ids, made.labels, strict=True) for run in runs_of(ids, labels)] == said
