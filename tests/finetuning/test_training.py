@@ -40,7 +40,9 @@ def trainer_of(made, out, *words):
     model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    return trainer, trainer.data_collator([dict(input_ids=i, labels=n) for i, n in zip(found.ids, found.labels)])
+    return trainer, trainer.data_collator(
+        [dict(input_ids=i, labels=n) for i, n in zip(found.ids, found.labels, strict=True)]
+    )
 
 
 def labels_in(batch) -> int:
