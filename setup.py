@@ -31,10 +31,14 @@ HF = [
     "safetensors>=0.5",
 ]
 
+# rmoe finetune: the releases it was run with; it relies on how TRL's trainer calls the model
+FINETUNE = [*HF, "trl>=1.16,<1.17", "accelerate>=1.15,<2", "datasets>=5.2,<6"]
+
 EXTRAS_REQUIRE = {
     "hf": HF,
+    "finetune": FINETUNE,
     "test": [
-        *HF,
+        *FINETUNE,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.15",

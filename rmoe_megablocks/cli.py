@@ -13,6 +13,7 @@ from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import cli as evaluation_cli
+from rmoe_megablocks.finetuning import cli as finetuning_cli
 from rmoe_megablocks.generation import cli as generation_cli
 from rmoe_megablocks.planning import cli as plan_cli
 from rmoe_megablocks.sweep import cli as sweep_cli
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation_cli.add_arguments(commands)
     generation_cli.add_arguments(commands)
     analysis_cli.add_arguments(commands)
+    finetuning_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "eval": evaluation_cli.run,
             "generate": generation_cli.run,
             "analyze": analysis_cli.run,
+            "finetune": finetuning_cli.run,
             "doctor": doctor.run,
             "install": install_cli.run,
         }

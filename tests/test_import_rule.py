@@ -32,6 +32,7 @@ ALLOWED = {
     "conversion": ("compat", "data", "routing", "kernels", "megatron", "huggingface", "torch_dist"),
     "evaluation": ("compat", "data", "routing", "megatron", "huggingface", "conversion", "torch_dist"),
     "generation": ("data", "routing", "huggingface", "conversion", "evaluation"),
+    "finetuning": ("data", "huggingface", "conversion", "evaluation"),
     "comparison": ("data", "routing", "launcher", "planning"),
     "sweep": ("launcher", "comparison"),
     "doctor": ("compat", "data", "routing", "kernels", "megatron", "megablocks", "launcher", "planning"),
