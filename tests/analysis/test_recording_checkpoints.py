@@ -121,9 +121,9 @@ def test_layouts_and_export_agree(tmp_path):
     command += ["--dataset", str(tmp_path / "data"), "--runs-dir", str(tmp_path), "--run-name", "run"]
     subprocess.run([*command, "--no-final-evaluation"], env=ENVIRONMENT, cwd=REPOSITORY, check=True)
     there, rmoe = tmp_path / "run" / "checkpoints", [sys.executable, "-m", "rmoe_megablocks.cli"]
-    subprocess.run([*rmoe, "export", there, tmp_path / "hf" / "run", "--no-verify"], env=ENVIRONMENT, check=True)
+    subprocess.run([*rmoe, "export", there, tmp_path / "export" / "run", "--no-verify"], env=ENVIRONMENT, check=True)
     recordings = {}
-    for name, model, words in [("hf", tmp_path / "hf" / "run", []), *((n, there, w) for n, w in LAYOUTS.items())]:
+    for name, model, words in [("hf", tmp_path / "export" / "run", []), *((n, there, w) for n, w in LAYOUTS.items())]:
         command = [*rmoe, "analyze", model, "--data", tmp_path / "data", "--out", tmp_path / name, *words]
         subprocess.run(command, env=ENVIRONMENT, check=True)
         recordings[name] = Recording.open(tmp_path / name / "run"), tmp_path / name / "run" / "measures.json"
