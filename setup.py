@@ -31,10 +31,14 @@ HF = [
     "safetensors>=0.5",
 ]
 
+# rmoe finetune: the releases it was run with; it relies on how TRL's trainer calls the model
+FINETUNE = [*HF, "trl>=1.16,<1.17", "accelerate>=1.15,<2", "datasets>=5.2,<6"]
+
 EXTRAS_REQUIRE = {
     "hf": HF,
+    "finetune": FINETUNE,
     "test": [
-        *HF,
+        *FINETUNE,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.15",
@@ -47,7 +51,9 @@ EXTRAS_REQUIRE = {
     # rmoe data prepare reads .zst with Python's own module, which 3.14 brings; this is the same for older ones
     "zstd": ["backports.zstd>=1.0; python_version < '3.14'"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["compare"]
+# rmoe analyze
+EXTRAS_REQUIRE["analyze"] = [*EXTRAS_REQUIRE["compare"], "pyarrow>=18.0", "matplotlib>=3.8", "jinja2>=3.1"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["analyze"]
 # <<< requirements
 
 # Not above: nothing that launch/environment.sh makes needs it.
@@ -59,7 +65,7 @@ setup(
     description="A layerwise recurrent (GRU) router for Megatron-Core mixture-of-experts models",
     license="Apache-2.0",
     packages=find_packages(include=["rmoe_megablocks", "rmoe_megablocks.*"]),
-    package_data={"rmoe_megablocks": ["data/corpus/*.xz", "launcher/*.txt"]},
+    package_data={"rmoe_megablocks": ["data/corpus/*.xz", "launcher/*.txt", "analysis/report/page/*"]},
     python_requires=PYTHON_REQUIRES,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rmoe_megablocks import __version__, doctor
+from rmoe_megablocks.analysis import cli as analysis_cli
 from rmoe_megablocks.comparison import cli as compare_cli
 from rmoe_megablocks.compat.megablocks import cli as install_cli
 from rmoe_megablocks.conversion import cli as conversion_cli
 from rmoe_megablocks.data import cli as data_cli
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import cli as evaluation_cli
+from rmoe_megablocks.finetuning import cli as finetuning_cli
 from rmoe_megablocks.generation import cli as generation_cli
 from rmoe_megablocks.planning import cli as plan_cli
 from rmoe_megablocks.sweep import cli as sweep_cli
@@ -37,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     conversion_cli.add_arguments(commands)
     evaluation_cli.add_arguments(commands)
     generation_cli.add_arguments(commands)
+    analysis_cli.add_arguments(commands)
+    finetuning_cli.add_arguments(commands)
     doctor.add_arguments(commands)
     install_cli.add_arguments(commands)
     try:
         args, args.megatron_arguments = parser.parse_known_args(argv)
-        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval"):
+        if args.megatron_arguments and args.command not in ("plan", "sweep", "eval", "import", "analyze"):
             parser.error("unrecognized arguments: " + " ".join(args.megatron_arguments))
         run = {
             "data": data_cli.run,
@@ -52,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "import": conversion_cli.run,
             "eval": evaluation_cli.run,
             "generate": generation_cli.run,
+            "analyze": analysis_cli.run,
+            "finetune": finetuning_cli.run,
             "doctor": doctor.run,
             "install": install_cli.run,
         }

@@ -18,7 +18,10 @@ ALLOWED = {
     "kernels": (),
     "routing": ("kernels",),
     "torch_dist": (),
-    "analysis": ("comparison",),
+    "analysis": (
+        *("compat", "data", "routing", "kernels", "megatron", "huggingface", "conversion", "evaluation"),
+        *("torch_dist", "comparison"),
+    ),
     "data": (),
     "compat": ("data", "routing", "kernels"),
     "megatron": ("compat", "data", "routing", "kernels", "planning", "torch_dist"),
@@ -29,10 +32,13 @@ ALLOWED = {
     "conversion": ("compat", "data", "routing", "kernels", "megatron", "huggingface", "torch_dist"),
     "evaluation": ("compat", "data", "routing", "megatron", "huggingface", "conversion", "torch_dist"),
     "generation": ("data", "routing", "huggingface", "conversion", "evaluation"),
+    "finetuning": ("data", "huggingface", "conversion", "evaluation"),
     "comparison": ("data", "routing", "launcher", "planning"),
     "sweep": ("launcher", "comparison"),
     "doctor": ("compat", "data", "routing", "kernels", "megatron", "megablocks", "launcher", "planning"),
 }
+# below analysis/, what it takes to record stays in recording/ and the command
+RECORDERS = ("recording", "cli.py")
 GROUND_FLOOR = ("errors.py", "process.py", "command_line.py", "yaml12.py", "run_lock.py")
 FORBIDDEN = {room: ALLOWED.keys() - {room, *allowed} for room, allowed in ALLOWED.items()}
 FORBIDDEN |= dict.fromkeys(GROUND_FLOOR, set(ALLOWED))
@@ -77,6 +83,13 @@ def test_every_room_is_here():
 def test_imports_point_down(path):
     names = imported((ROOT / path).read_text(), ".".join([PACKAGE, *path.with_suffix("").parts]))
     assert not violations(path.parts[0], names)
+
+
+def test_only_recorders_reach_models():
+    for path in MODULES:
+        if path.parts[0] == "analysis" and len(path.parts) > 1 and path.parts[1] not in RECORDERS:
+            names = imported((ROOT / path).read_text(), ".".join([PACKAGE, *path.with_suffix("").parts]))
+            assert rooms(names) <= {"analysis", "routing", "comparison", "errors", "process", "command_line"}, path
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         metavar="WHAT",
         help="bytes, a SentencePiece model, a folder of Hugging Face's, or none (default: the run's)",
     )
+    add(
+        "--layout",
+        choices=("rmoe", "llama_moe_rnn"),
+        default="rmoe",
+        help="llama_moe_rnn: names and parts of the paper's released model, of gru, rnn and linear routers "
+        "(default: rmoe)",
+    )
     add("--run", type=Path, metavar="DIR", help="the run's folder, for the model card (default: beside the checkpoint)")
     add("--no-verify", dest="verify", action="store_false", help="do not compare logits with Megatron's")
     _trust(add)
@@ -47,6 +54,17 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         default="local",
         help="of the run that will load it: with experts one key has another name (default: local)",
     )
+    add(
+        "--split-ffn",
+        type=int,
+        metavar="E",
+        help="FOLDER is a dense Llama-style model: cut its feed-forward layers into E experts, with a fresh router "
+        "(--moe-router-type and its arguments, as for a run)",
+    )
+    add("--split-topk", type=int, metavar="K", help="experts a token (default: 2)")
+    add("--split-method", choices=("random", "clustering"), help="which neurons go together (default: random)")
+    add("--split-scale", type=float, metavar="X", help="what the experts' outputs are multiplied by (default: E/K)")
+    add("--seed", type=int, help="of the split and the router's weights (default: 0)")
     _trust(add)
 
 
@@ -92,15 +110,18 @@ def _export(args: argparse.Namespace) -> list[str]:
         raise UsageError(f"--run {args.run}: no such folder")
     if args.tokenizer != "none":
         _need("transformers")
-    options = Options(args.ckpt_step, largest, args.tokenizer, args.run, args.verify, args.trust_router_code)
+    options = Options(
+        args.ckpt_step, largest, args.tokenizer, args.run, args.verify, args.trust_router_code, args.layout
+    )
     return export(args.checkpoint, args.folder, options)
 
 
 def _import(args: argparse.Namespace) -> list[str]:
+    from rmoe_megablocks.conversion.dense import options
     from rmoe_megablocks.conversion.importing import import_folder
 
     engine = args.transformer_impl == "transformer_engine"
-    return import_folder(args.folder, args.checkpoint, engine, args.trust_router_code)
+    return import_folder(args.folder, args.checkpoint, engine, args.trust_router_code, options.read(args))
 
 
 def _need(package: str) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from rmoe_megablocks.conversion import source as sources
 from rmoe_megablocks.conversion.folder import card, shards, tokenizers
 from rmoe_megablocks.conversion.folder.shards import Shard
 from rmoe_megablocks.conversion.folder.tokenizers import Tokenizer
+from rmoe_megablocks.conversion.mapping import released
+from rmoe_megablocks.conversion.mapping.configuration import MODEL_TYPE
 from rmoe_megablocks.conversion.source import Source
 from rmoe_megablocks.conversion.verification import comparison
 from rmoe_megablocks.errors import UsageError
@@ -32,6 +34,7 @@ class Options:
     run: Path | None = None
     verify: bool = True
     trusts_router: bool = False
+    layout: str = MODEL_TYPE
 
 
 def export(checkpoint: Path, folder: Path, options: Options) -> list[str]:
@@ -45,17 +48,32 @@ def export(checkpoint: Path, folder: Path, options: Options) -> list[str]:
     """
     partial.check_new(folder)
     found, tokenizer = _open(checkpoint, options)
+    said = found.config
+    if options.layout == released.LAYOUT:
+        said = released.config_of(found.config)
+        spelled = [replace(s, entry=released.entry(s.entry, found.config)) for s in found.weights.sources]
+        found = replace(found, weights=replace(found.weights, sources=spelled))
     if options.verify:
         comparison.check_available()
     planned = shards.plan(found.weights, options.max_shard_size)
     with partial.writing(folder, "FOLDER") as place:
-        difference = _write(place, folder.name, found, tokenizer, planned, options)
+        difference = _write(place, folder.name, found, said, tokenizer, planned, options)
     return _told(found, folder, planned, difference)
 
 
-def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned: list[Shard], options: Options):
-    """Everything that the folder has, in ``place``; the measured difference in words, None if it was not measured."""
-    identity = hashlib.sha256((found.folder / INDEX).read_bytes() + str(options.max_shard_size).encode()).hexdigest()
+def _write(
+    place: Path,
+    name: str,
+    found: Source,
+    said: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    planned: list[Shard],
+    options: Options,
+) -> str | None:
+    """Everything that the folder has, in ``place``, with ``said`` as its config.json; the measured difference in words,
+    None if it was not measured."""
+    asked = f"{options.max_shard_size} {options.layout}"
+    identity = hashlib.sha256((found.folder / INDEX).read_bytes() + asked.encode()).hexdigest()
     _forget_others(place, planned)
     with tqdm(
         total=_bytes(planned), unit="B", unit_scale=True, mininterval=1.0, desc=name, file=progress_stream()
@@ -63,9 +81,10 @@ def _write(place: Path, name: str, found: Source, tokenizer: Tokenizer, planned:
         shards.write(place, planned, found.weights, identity, bar.update)
     ids = tokenizers.write(tokenizer, place, found.config["max_position_embeddings"])
     dtype = str(found.weights.sources[0].dtype).removeprefix("torch.")  # of the embedding, and so of all parameters
-    _write_json(place / "config.json", {**found.config, **ids, "dtype": dtype})
+    _write_json(place / "config.json", {**said, **ids, "dtype": dtype})
     _write_json(place / "generation_config.json", ids)
-    _write_code(place)
+    if options.layout == MODEL_TYPE:
+        _write_code(place)
     difference = None
     if options.verify:
         partial.say("comparing logits with Megatron's, on the CPU")

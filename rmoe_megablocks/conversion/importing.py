@@ -13,8 +13,11 @@ from tqdm import tqdm
 
 from rmoe_megablocks.conversion import partial
 from rmoe_megablocks.conversion import source as sources
+from rmoe_megablocks.conversion.dense.llama import SplitFolder
+from rmoe_megablocks.conversion.dense.options import Options as SplitOptions
 from rmoe_megablocks.conversion.folder.checksums import check_checksums
 from rmoe_megablocks.conversion.folder.reading import Folder
+from rmoe_megablocks.conversion.mapping import released
 from rmoe_megablocks.conversion.mapping.checkpoint import DTYPES
 from rmoe_megablocks.conversion.mapping.configuration import arguments_of, check_config
 from rmoe_megablocks.conversion.mapping.weights import LAYERS, NORM_BEFORE_EXPERTS, Entry, entries
@@ -29,7 +32,11 @@ _EMPTY = [None]  # what Megatron's linear layers store beside their weights with
 
 
 def import_folder(
-    folder: Path, checkpoint: Path, transformer_engine: bool = False, trusts_router: bool = False
+    folder: Path,
+    checkpoint: Path,
+    transformer_engine: bool = False,
+    trusts_router: bool = False,
+    split: SplitOptions | None = None,
 ) -> list[str]:
     """Writes ``checkpoint``, which appears whole or not at all. Returns lines to tell the user.
 
@@ -38,26 +45,38 @@ def import_folder(
         checkpoint: what --load will name: the folder of the tracker file and of ``release/``.
         transformer_engine: whether the run that loads it has --transformer-impl transformer_engine.
         trusts_router: whether a router type of somebody's module may be imported.
+        split: how a dense model becomes one of experts.
 
     Raises:
         UsageError: one line that names what is missing, too much, of a wrong size, or cannot be expressed.
     """
     partial.check_new(checkpoint)
-    opened = Folder(folder)
+    opened = Folder(folder) if split is None else SplitFolder(Folder(folder), split)
+    is_released = opened.config.get("model_type") == released.LAYOUT
+    if is_released:
+        opened.config = released.ours(opened.config)
     sources.check_router(opened.config.get("router_type", "linear"), trusts_router, str(folder / "config.json"))
     check_config(opened.config)
     wanted = entries(opened.config)
+    if is_released:
+        wanted = [released.entry(entry, opened.config) for entry in wanted]
     _check(opened, wanted)
     checked = check_checksums(folder)
     write_checkpoint(opened, wanted, checkpoint, transformer_engine)
     lines = [f"{checkpoint}: load it with --load {checkpoint} --finetune"]
+    if split is not None:
+        width = opened.config["moe_intermediate_size"]
+        lines.append(
+            f"{split.experts} experts of {width} neurons a layer ({split.method}), {split.topk} a token, outputs times "
+            f"{split.scale:g}; a fresh {split.router_type} router"
+        )
     if not checked:
         lines.append(f"{folder} has no checksums, so damage to its files would go unnoticed")
     return lines
 
 
 def write_checkpoint(
-    opened: Folder, wanted: Sequence[Entry], checkpoint: Path, transformer_engine: bool = False
+    opened: Folder | SplitFolder, wanted: Sequence[Entry], checkpoint: Path, transformer_engine: bool = False
 ) -> None:
     """Writes a checked folder's weights; memory holds those of one entry at a time."""
     padding = opened.padding()
@@ -77,7 +96,7 @@ def write_checkpoint(
         files.write_atomically(place / files.TRACKER, _RELEASE)
 
 
-def _check(folder: Folder, wanted: Sequence[Entry]) -> None:
+def _check(folder: Folder | SplitFolder, wanted: Sequence[Entry]) -> None:
     """Every weight is there once, in its size, and no other."""
     shapes = {name: shape for entry in wanted for name, shape in zip(entry.names, entry.shapes, strict=True)}
     problems = [f"{name} is missing" for name in shapes if name not in folder.tensors]
@@ -96,7 +115,7 @@ def _check(folder: Folder, wanted: Sequence[Entry]) -> None:
         raise UsageError(f"{folder.folder}: {'; '.join(problems[:3])}{more}")
 
 
-def _mixed(folder: Folder, wanted: Sequence[Entry]) -> Iterator[str]:
+def _mixed(folder: Folder | SplitFolder, wanted: Sequence[Entry]) -> Iterator[str]:
     """Weights of other precisions than those that share a tensor of Megatron with them: one would be rounded."""
     first: dict[tuple[str, ...], tuple[str, torch.dtype]] = {}
     for entry in wanted:
@@ -108,7 +127,9 @@ def _mixed(folder: Folder, wanted: Sequence[Entry]) -> Iterator[str]:
                     yield f"{name} is of {dtype}, {other} of {expected}: Megatron keeps both in one tensor"
 
 
-def _chunks(folder: Folder, wanted: Sequence[Entry], padding: Mapping[str, Tensor], engine: bool) -> Iterator[Chunk]:
+def _chunks(
+    folder: Folder | SplitFolder, wanted: Sequence[Entry], padding: Mapping[str, Tensor], engine: bool
+) -> Iterator[Chunk]:
     stacked, layers = _stacked(folder.config), folder.config["num_hidden_layers"]
     for entry in wanted:
         dtype = entry.dtype or folder.tensors[entry.names[0]][1]

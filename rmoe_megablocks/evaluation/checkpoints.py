@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         place = Path(scratch)
         one_split(args.data, split, metadata, place / "data")
         command = [*argv(args, settings, folder, step), "--dataset", str(place / "data"), "--runs-dir", scratch]
-        code = _launch([*command, "--run-name", "eval"])
+        code = launch([*command, "--run-name", "eval"])
         if code:
             return code
         summary = json.loads((place / "eval" / "summary.json").read_bytes())
@@ -126,9 +126,9 @@ def argv(args: argparse.Namespace, settings: Path, folder: Path, step: int | Non
     return [*words, *args.megatron_arguments]
 
 
-def _launch(words: Sequence[str]) -> int:
+def launch(words: Sequence[str], **variables: str) -> int:
     """Runs the launcher, which tells of itself on standard error. A signal to this process is its own to handle."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     process = subprocess.Popen([sys.executable, "-m", _LAUNCHER, *words], stdout=sys.stderr, env=environment)
     previous = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to both

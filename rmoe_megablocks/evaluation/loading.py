@@ -40,6 +40,16 @@ def prepare(folder: Path, trusts_router: bool = False) -> None:
             raise UsageError(f"{path}: the router type {kind} cannot be imported ({error})") from error
 
 
+def config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of ``folder``. Raises UsageError, one line, unless it is of a causal language model."""
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    found = _or_one_line(folder, lambda: AutoConfig.from_pretrained(os.fspath(folder), **options))
+    # asked here, as the library's own answer lists all of its models, which takes seconds
+    if type(found) not in AutoModelForCausalLM._model_mapping and not getattr(found, "auto_map", None):
+        raise UsageError(f"{folder} holds a model of type {found.model_type}, which is no causal language model")
+    return found
+
+
 def model(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
     """The causal language model of ``folder``, in evaluation mode.
 
@@ -47,15 +57,12 @@ def model(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
         UsageError: one line, for a folder of another task, weights that are missing, damaged or too many, code of its
             own that was not trusted.
     """
+    config(folder, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = _or_one_line(folder, lambda: AutoConfig.from_pretrained(os.fspath(folder), **options))
-    # asked here, as the library's own answer lists all of its models, which takes seconds
-    if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
-        raise UsageError(f"{folder} holds a model of type {config.model_type}, which is no causal language model")
     found, report = _or_one_line(
         folder,
         lambda: AutoModelForCausalLM.from_pretrained(
-            os.fspath(folder), dtype=dtype, output_loading_info=True, **options
+            os.fspath(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         ),
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

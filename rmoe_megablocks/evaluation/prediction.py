@@ -82,7 +82,7 @@ def predict(
     """
     done = Sum()
     batches = -(-len(windows) // batch)
-    with _noted_signals() as received:
+    with noted_signals() as received:
         for first in range(0, batches, processes.size):
             begin = (first + processes.rank) * batch
             chosen = [windows[i] for i in range(begin, min(begin + batch, len(windows)))]
@@ -123,7 +123,7 @@ def batch_of(tokens: np.ndarray, chosen: list[Window]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _noted_signals():
+def noted_signals():
     """The first Ctrl-C or SIGTERM is noted in the list it gives; the second one acts as ever."""
     received: list[int] = []
 

@@ -12,9 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Rows whose pointwise work stays in a core's cache, between 256 and 512 alike where it was measured.
+# Rows whose work stays in a core's cache, between 256 and 512 alike where it was measured.
 _CPU_ROWS = 256
 
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]
@@ -33,22 +32,30 @@ def forward(
         The state [..., P]; the gates s, z, n [T, 3P]; U_n h with its bias [T, P], of no rows where h is None.
     """
     size = weight_hh.shape[1]
+    shape, x = x.shape, x.reshape(-1, size)
+    h = None if h is None else h.reshape(-1, size)
+    gates = x.new_empty(len(x), 3 * size)
+    recurrent_n = x.new_empty(0 if h is None else len(x), size)
+    following = torch.empty_like(x)
     with exact_dtypes(x):
-        rows = x.reshape(-1, size)
-        gates = F.linear(rows, weight_ih, bias_ih)
-        if h is None:  # U h_0 = 0: only its bias is left
-            recurrent_n = gates.new_empty(0, size)
-            gates[:, : 2 * size] += bias_hh[: 2 * size]
-        else:
-            h = h.reshape(-1, size)
-            recurrent = F.linear(h, weight_hh, bias_hh)
-            recurrent_n = recurrent[:, 2 * size :].contiguous()  # the other two thirds need not be kept
-            gates[:, : 2 * size] += recurrent[:, : 2 * size]
-        s, z, n = gates.split(size, dim=-1)
-        gates[:, : 2 * size].sigmoid_()
-        n.addcmul_(s, bias_hh[2 * size :] if h is None else recurrent_n).tanh_()
-        following = n - z * n if h is None else torch.lerp(n, h, z)
-        return following.view(x.shape), gates, recurrent_n
+        bias = bias_ih.clone()
+        bias[: 2 * size] += bias_hh[: 2 * size]
+        recurrent_sz, recurrent = weight_hh[: 2 * size].mT, weight_hh[2 * size :].mT
+        for rows in _blocks(x):
+            s, z, n = (kept := gates[rows]).split(size, dim=-1)
+            torch.addmm(bias, x[rows], weight_ih.mT, out=kept)
+            if h is None:  # U h_0 = 0: only its bias is left
+                kept_n = bias_hh[2 * size :]
+            else:  # added where the other product lies: no second [T, 3P] that is written and read again
+                torch.addmm(kept[:, : 2 * size], h[rows], recurrent_sz, out=kept[:, : 2 * size])
+                kept_n = torch.addmm(bias_hh[2 * size :], h[rows], recurrent, out=recurrent_n[rows])
+            kept[:, : 2 * size].sigmoid_()
+            n.addcmul_(s, kept_n).tanh_()
+            if h is None:
+                torch.addcmul(n, z, n, value=-1, out=following[rows])
+            else:
+                torch.lerp(n, h[rows], z, out=following[rows])
+    return following.view(shape), gates, recurrent_n
 
 
 def backward(
@@ -73,8 +80,10 @@ def backward(
     shape, x, grad = x.shape, x.reshape(-1, size), grad.reshape(-1, size)
     h = None if h is None else h.reshape(-1, size)
     buffer = grad.new_empty(len(x), 4 * size)
+    grad_x = torch.empty_like(grad)
     grad_h = torch.empty_like(grad)  # the part that does not pass through weight_hh, at first
     with exact_dtypes(x):
+        rolled = weight_ih.roll(size, 0)
         for rows in _blocks(x):
             h_rows = None if h is None else h[rows]
             if gates is None:
@@ -84,22 +93,35 @@ def backward(
             _pointwise(
                 grad[rows], h_rows, kept, bias_hh[2 * size :] if h is None else kept_n, buffer[rows], grad_h[rows]
             )
-        grads = products(buffer, x, h, grad_h, weight_ih, weight_hh)
-        return grads[0].view(shape), None if h is None else grads[1].view(shape), *grads[2:], *bias_sums(buffer.sum(0))
+            # while D's rows are in the cache; weights' gradients are not added up over blocks, which bf16 would round
+            _to_inputs(buffer[rows], None if h is None else weight_hh, rolled, grad_x[rows], grad_h[rows])
+        weights, biases = _to_weights(buffer, x, h, weight_hh), bias_sums(buffer.sum(0))
+        return grad_x.view(shape), None if h is None else grad_h.view(shape), *weights, *biases
 
 
 def products(buffer: Tensor, x: Tensor, h: Tensor | None, grad_h: Tensor, weight_ih: Tensor, weight_hh: Tensor):
     """Gradients of x, h (added to ``grad_h`` in place), weight_ih, weight_hh from D [T, 4P]; x, h [T, P]."""
+    grad_x, rolled = torch.empty_like(x), weight_ih.roll(weight_hh.shape[1], 0)
+    _to_inputs(buffer, None if h is None else weight_hh, rolled, grad_x, grad_h)
+    return grad_x, None if h is None else grad_h, *_to_weights(buffer, x, h, weight_hh)
+
+
+def _to_inputs(buffer: Tensor, weight_hh: Tensor | None, rolled_ih: Tensor, grad_x: Tensor, grad_h: Tensor) -> None:
+    """Fills ``grad_x`` and adds to ``grad_h``, unless weight_hh is None; ``rolled_ih`` has weight_ih's rows as D's."""
+    size = grad_x.shape[1]
+    torch.mm(buffer[:, : 3 * size], rolled_ih, out=grad_x)
+    if weight_hh is not None:
+        torch.addmm(grad_h, buffer[:, size:], weight_hh, out=grad_h)  # addmm_ is left out by torch's counter
+
+
+def _to_weights(buffer: Tensor, x: Tensor, h: Tensor | None, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
     size = weight_hh.shape[1]
-    to_ih, to_hh = buffer[:, : 3 * size], buffer[:, size:]
-    grad_x = to_ih @ weight_ih.roll(size, 0)
-    grad_weight_ih = (to_ih.mT @ x).roll(-size, 0)
+    grad_weight_ih = (buffer[:, : 3 * size].mT @ x).roll(-size, 0)
     if h is None:
         # Zeros rather than None: a stage whose only MoE layer is the model's first must still report a
         # gradient of weight_hh, or Megatron's overlapped gradient reduction waits for it for ever.
-        return grad_x, None, grad_weight_ih, torch.zeros_like(weight_hh)
-    torch.addmm(grad_h, to_hh, weight_hh, out=grad_h)  # not addmm_, which torch's counter of operations leaves out
-    return grad_x, grad_h, grad_weight_ih, to_hh.mT @ h
+        return grad_weight_ih, torch.zeros_like(weight_hh)
+    return grad_weight_ih, buffer[:, size:].mT @ h
 
 
 def bias_sums(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 
-def gru_step(x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
-    """One step of the GRU (Eq. 2, 3, 5): x' [T, P], h_{i-1} [T, P] -> h_i [T, P].
-
-    The weights stack the gates in torch.nn.GRUCell's order: reset (s), update (z), candidate (n); [3P, P] and [3P].
-    The paper prints one symbol for W_n and U_n, a misprint: they are two matrices.
-    """
+def gru_gates(
+    x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reset gate, update gate and candidate of :func:`gru_step`, each [T, P]."""
     W_s, W_z, W_n = weight_ih.chunk(3)
     U_s, U_z, U_n = weight_hh.chunk(3)
     b_ws, b_wz, b_wn = bias_ih.chunk(3)
@@ -17,6 +15,16 @@ def gru_step(x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih
     s = torch.sigmoid(x @ W_s.T + b_ws + h @ U_s.T + b_us)
     z = torch.sigmoid(x @ W_z.T + b_wz + h @ U_z.T + b_uz)
     n = torch.tanh(x @ W_n.T + b_wn + s * (h @ U_n.T + b_un))
+    return s, z, n
+
+
+def gru_step(x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
+    """One step of the GRU (Eq. 2, 3, 5): x' [T, P], h_{i-1} [T, P] -> h_i [T, P].
+
+    The weights stack the gates in torch.nn.GRUCell's order: reset (s), update (z), candidate (n); [3P, P] and [3P].
+    The paper prints one symbol for W_n and U_n, a misprint: they are two matrices.
+    """
+    _, z, n = gru_gates(x, h, weight_ih, weight_hh, bias_ih, bias_hh)
     return (1 - z) * n + z * h
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -141,6 +142,12 @@ def all_arguments() -> tuple[Argument, ...]:
 
 
 def _installed() -> dict[str, str]:
+    return _installed_on(tuple(sys.path))
+
+
+@functools.cache
+def _installed_on(path: tuple[str, ...]) -> dict[str, str]:
+    """Read once for each ``path``: it takes hundredths of a second, and a parser asks hundreds of times."""
     return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 

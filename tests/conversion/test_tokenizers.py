@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoTokenizer
 
 from rmoe_megablocks.conversion.folder import tokenizers
@@ -39,6 +41,12 @@ def test_bytes_with_an_end_of_document(tmp_path):
     assert ids == {"eos_token_id": 256} and len(fast) == 257 and fast.eos_token_id == 256
 
 
+of_sentencepiece = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(tokenizers.SENTENCEPIECE_SINCE),
+    reason=f"needs transformers {tokenizers.SENTENCEPIECE_SINCE}",
+)
+
+
 @pytest.fixture(scope="module", params=["unigram", "bpe", "bpe, identity, byte fallback"])
 def model(request, tmp_path_factory) -> Path:
     import sentencepiece
@@ -56,6 +64,7 @@ def model(request, tmp_path_factory) -> Path:
     return folder / "m.model"
 
 
+@of_sentencepiece
 def test_sentencepiece(model, tmp_path):
     import sentencepiece
 
@@ -70,7 +79,15 @@ def test_sentencepiece(model, tmp_path):
     assert fast.eos_token_id == slow.eos_id() and fast.bos_token_id == slow.bos_id()
 
 
+@of_sentencepiece
 def test_a_form_that_differs_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizers, "_fast", lambda path: tokenizers._bytes(None))
     with pytest.raises(UsageError, match="as a fast tokenizer it gives"):
         tokenizers.write(tokenizers.choose(None, str(model)), tmp_path, 64)
+
+
+def test_older_releases_are_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    made = tokenizers.choose(None, str(model))
+    with pytest.raises(UsageError, match="needs transformers 5.24, here is 5.23.0"):
+        tokenizers.write(made, tmp_path, 64)

@@ -1,11 +1,12 @@
 """A text with everything that is hard about text, and tiny SentencePiece models trained on it."""
 
-import multiprocessing
 import random
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +65,4 @@ def models(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="session")
 def processes() -> BaseContext:
     """Starts processes that have Megatron imported already, forked from one that has no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron.core.datasets.indexed_dataset", "rmoe_megablocks.data"])
-    return context
+    return forked.context()

@@ -5,18 +5,14 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from tests import forked
 from tests.distributed.cases import Case, model
 
-REPOSITORY = Path(__file__).parents[2]
 START = "start of "
 
 
@@ -37,36 +33,17 @@ def run_groups(folder: Path, rounds: list[list[tuple[int, list[dict]]]]) -> dict
 
 def _run_side_by_side(folder: Path, groups: list[tuple[int, list[dict]]], number: Iterator[int]) -> None:
     with contextlib.ExitStack() as stack:
-        running = [(*stack.enter_context(_ranks(folder, next(number), *group)), len(group[1])) for group in groups]
-        for process, log, cases in running:
-            limit = 120 + 20 * cases
-            try:
-                code = process.wait(timeout=limit)
-            except subprocess.TimeoutExpired:
-                code = f"no end after {limit} s"
-            assert code == 0, f"{code}: {log.read_text()[-6000:]}"
-
-
-@contextlib.contextmanager
-def _ranks(folder: Path, number: int, processes: int, cases: list[dict]):
-    """torchrun of one group; everything it started ends with the context, and its output is in the log."""
-    file, log = folder / f"cases{number}.json", folder / f"log{number}"
-    file.write_text(json.dumps(cases))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*torchrun, f"--nproc-per-node={processes}", "-m", "tests.distributed.worker", str(file), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield process, log
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        running = []
+        for processes, cases in groups:
+            this = next(number)
+            file, log = folder / f"cases{this}.json", folder / f"log{this}"
+            file.write_text(json.dumps(cases))
+            arguments = (str(file), str(folder))
+            ranks = forked.ranks("tests.distributed.worker:main", arguments, processes, log)
+            running.append((stack.enter_context(ranks), log, 120 + 20 * len(cases)))
+        for ranks, log, limit in running:
+            codes = forked.end(ranks, limit)
+            assert not any(code != 0 for code in codes), f"{codes} after at most {limit} s: {log.read_text()[-6000:]}"
 
 
 def deviation(reference: dict, other: dict, first: int = 0) -> float:

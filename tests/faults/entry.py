@@ -5,7 +5,12 @@ import sys
 from rmoe_megablocks.megatron import pretrain  # isort: skip  before Megatron: CPU mode
 from tests.distributed import breakages
 
-if __name__ == "__main__":
-    fault, *argv = sys.argv[1:]
+
+def main(fault: str, *argv: str) -> None:
+    """Trains, and ends the process."""
     with breakages.applied(None if fault == "none" else fault):
-        sys.exit(pretrain.main(argv))
+        sys.exit(pretrain.main(list(argv)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

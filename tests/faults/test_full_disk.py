@@ -162,7 +162,10 @@ def test_figures_and_indices_on_a_full_disk(folder, can_mount, results):
         assert re.match(f"rmoe: error: {re.escape(str(folder / name))}/{place}: {FULL}; {start}", line), line
 
 
-@pytest.mark.parametrize(("plant", "place"), [("0:full: config", "checkpoints"), ("1:full: metrics", "metrics.jsonl")])
+@pytest.mark.parametrize(
+    ("plant", "place"),
+    [("0:full: config", "checkpoints"), *([("1:full: metrics", "metrics.jsonl")] if ALL_FAULTS else [])],
+)
 def test_one_of_two_ranks(tmp_path, plant, place):
     """torchrun ends the other one; the rank that found it speaks, and it alone."""
     words = argv(tmp_path, "two", "--num-workers", "0")

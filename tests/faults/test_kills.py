@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.checkpoints import assert_same_tensors
 from tests.faults.kill_points import POINTS
 
@@ -71,13 +72,17 @@ NOT_ALWAYS = ("before metadata.json", "before the manifest", "before the tracker
 CASES = [case for case in ALL if ALL_FAULTS or case.name not in NOT_ALWAYS]
 
 
-def run_steps(steps: list[dict], folder: Path, environment: dict[str, str] | None = None) -> dict[str, dict]:
-    """Runs the steps of steps.py in a process of their own, which imports Megatron once for all."""
-    file = folder / "steps.json"
+def run_steps(steps: list[dict], folder: Path, mark: bool = False) -> dict[str, dict]:
+    """Runs the steps of steps.py, with ``mark`` in a process of its own: MARK is in the environment it starts with."""
+    file, log = folder / "steps.json", folder / "steps.log"
     file.write_text(json.dumps(steps))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | (environment or {})
-    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.steps", str(file)]
-    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, timeout=1800)
+    if mark:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), MARK: str(folder)}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.faults.steps", str(file)]
+        subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, timeout=1800)
+    else:
+        with forked.started("tests.faults.steps:main", (file,), log, [{}]) as processes:
+            assert forked.end(processes, 1800) == [0], log.read_text()
     return json.loads(file.read_text())
 
 
@@ -101,7 +106,7 @@ def results(folder) -> dict[str, dict]:
         before += [case.before] if case.before else []
         steps.append(step | {"name": f"{case.name} killed", "kill": case.kill, "before": before})
         steps.append(step | {"name": f"{case.name} resumed", "before": ["empty tracker"] if case.before else []})
-    return run_steps(steps, folder, {MARK: str(folder)})
+    return run_steps(steps, folder, mark=True)
 
 
 def test_every_kill_point_is_tried():

@@ -14,7 +14,7 @@ from tests.huggingface.built import M, config, having, model, tokens
 
 WITHOUT = """
 import sys
-sys.modules["rmoe_megablocks"] = None
+sys.modules["rmoe_megablocks"] = sys.modules["megatron"] = None
 import torch
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
@@ -28,8 +28,16 @@ for folder in sys.argv[1:]:
     assert all(0 < deviation < 2 for deviation in deviations)
     made.save_pretrained(folder + "/again")
     again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-    plain = made.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False, pad_token_id=0)
-    assert made.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).equal(plain)
+    padded = torch.cat((torch.zeros_like(ids[:, :3]), ids), 1)
+    mask = torch.cat((torch.zeros_like(ids[:, :3]), torch.ones_like(ids)), 1)
+    common = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for search in ({}, {"num_beams": 3}):
+        plain = made.generate(ids, use_cache=False, **search, **common)
+        assert made.generate(ids, **search, **common).equal(plain)
+        assert made.generate(ids, cache_implementation="static", **search, **common).equal(plain)
+        for cached in (False, True):
+            found = made.generate(padded, attention_mask=mask, use_cache=cached, **search, **common)
+            assert found[:, 3:].equal(plain)
     made.train()(ids, labels=ids, output_router_logits=True).loss.backward()
     torch.save([made.eval()(ids).logits.detach(), again(ids).logits.detach()], folder + "/logits.pt")
 """
@@ -58,8 +66,10 @@ def test_code_beside_the_weights(tmp_path):
         torch.save({name: p.requires_grad for name, p in made.named_parameters()}, folder / "trained.pt")
         expected[folder] = made(tokens()).logits
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    # another environment, of torch and transformers alone: RMOE_TEST_ALONE=/its/bin/python
+    python = os.environ.get("RMOE_TEST_ALONE", sys.executable)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *map(str, expected)],
+        [python, "-c", WITHOUT, *map(str, expected)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

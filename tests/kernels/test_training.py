@@ -11,7 +11,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 ITERATIONS, TOLERANCE = 200, 1e-4  # of the loss, fp32
-OTHERS = ("recompute", *(("triton",) if torch.cuda.is_available() else ()))
+OTHERS = ("recompute", pytest.param("triton", marks=pytest.mark.gpu))
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("RMOE_TEST_ALL_KERNELS") != "1", reason="minutes: RMOE_TEST_ALL_KERNELS=1 runs it"

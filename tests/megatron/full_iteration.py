@@ -1,5 +1,5 @@
 """One process of Megatron's loop on the CPU, for --cuda-graph-impl full_iteration: who reads on the host, and what a
-replay of the recorded operations leaves out. ``python -m tests.megatron.full_iteration FOLDER`` prints JSON.
+replay of the recorded operations leaves out. It is written to found.json.
 
 A CUDA graph repeats the kernels that were launched while it was captured, on the same memory, and none of the host's
 Python. :class:`Graph` does the same with torch's operations, so that whatever our code does on the host in each
@@ -199,9 +199,5 @@ def main(folder: str) -> None:
     found["checked"] = run(at, "6", "--train-iters", "1")
     planted()
     found["planted"] = run(at, "7", *UNCHECKED, "--train-iters", "1")
-    print(json.dumps(found))
+    (at / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.distributed.lab import REPOSITORY
+from tests.forked import REPOSITORY
 
 
 def test_the_whole_model_on_a_gpu_that_is_not_there():

@@ -5,33 +5,22 @@ RMOE_TEST_ALL_CELLS=1 adds fp32, and the fault that the routing's measures would
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.distributed.arguments import ALL_CELLS
-from tests.distributed.lab import REPOSITORY
 from tests.megatron.full_iteration import ITERATIONS, LOGGED
-from tests.ports import free_port
 
 DTYPES = [" bf16", ""] if ALL_CELLS else [" bf16"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.megatron.full_iteration", str(tmp_path_factory.mktemp("runs"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("runs")
+    with forked.ranks("tests.megatron.full_iteration:main", (str(folder),), 1, folder / "log") as processes:
+        assert forked.end(processes, 300) == [0], (folder / "log").read_text()[-5000:]
+    return json.loads((folder / "found.json").read_text())
 
 
 def reads(run: dict, captured: bool) -> dict[int, set[str]]:

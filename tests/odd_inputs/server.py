@@ -35,14 +35,13 @@ def main() -> None:
 
 def _import_everything() -> None:
     import rmoe_megablocks.megatron  # noqa: F401  CPU mode before Megatron
-    from rmoe_megablocks import cli, data, doctor  # noqa: F401
+    from rmoe_megablocks import cli, doctor  # noqa: F401
     from rmoe_megablocks.compat.megatron import options
     from rmoe_megablocks.launcher import __main__  # noqa: F401
-    from rmoe_megablocks.megatron import preflight, pretrain  # noqa: F401
+    from rmoe_megablocks.megatron import preflight  # noqa: F401
     from rmoe_megablocks.planning import plan  # noqa: F401
-    from tests.docstrings import parse_docstrings_once
+    from tests import preloaded  # noqa: F401
 
-    parse_docstrings_once()
     options.spelling()
 
 

@@ -24,6 +24,7 @@ SMALL = (
 ).split()
 OF_LAYERS = "decoder.layers.mlp.router.routing_layer."  # a checkpoint stacks what all layers have
 RESUMED = ["--load", "two/checkpoints", "--ckpt-step", "2", "--train-iters", "6"]
+ONE_RANK = ["--train-iters", "2", "--pipeline-model-parallel-size", "1"]
 RUNS = {
     "two": ["--train-iters", "2"],  # two stages, tiny.yaml's layout
     "on": RESUMED,
@@ -123,7 +124,7 @@ assert "layers.3.moe.router.routing_layer.projection" in stack.state_dict()
 """
 
 
-@pytest.mark.parametrize("name", [TYPE, SHORT_NAME])
+@pytest.mark.parametrize("name", [pytest.param(TYPE, marks=slow), SHORT_NAME])
 def test_megablocks(installed, name):
     router = f'moe_router_type={name!r}, moe_router_options={{"moe_router_sketch_size": {SKETCH}}}'
     example = str(ROOT / "tests" / "megablocks" / "plain_torch_example.py")
@@ -139,7 +140,7 @@ def python(folder, code, *argv):
 PLAN = "import sys; from rmoe_megablocks import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("name", [TYPE, SHORT_NAME])
+@pytest.mark.parametrize("name", [TYPE, pytest.param(SHORT_NAME, marks=slow)])
 def test_the_plan_measures_it(installed, name):
     tiny = str(ROOT / "configs" / "tiny.yaml")
     done = python(installed, PLAN, "plan", tiny, "--moe-router-type", name, "--moe-router-sketch-size", "5", "--json")
@@ -161,7 +162,7 @@ def test_an_installed_package_is_found_by_its_name(installed, tmp_path):
         f"defaults: {ROOT}/configs/tiny.yaml\nMODEL_ARGS:\n  --moe-router-type: {SHORT_NAME}\n"
         f"  --moe-router-sketch-size: {SKETCH}\n  --moe-router-rnn-hidden-size: null\n"
     )
-    said = launch(installed, tmp_path, "short", ["--config", str(config), "--train-iters", "2"], router=[])
+    said = launch(installed, tmp_path, "short", ["--config", str(config), *ONE_RANK], router=[])
     assert (tmp_path / "short" / "config.yaml").read_text().count(f"--moe-router-type: {SHORT_NAME}") == 1, said
     assert OF_LAYERS + "share" in load_tensors(tmp_path / "short" / "checkpoints")
 

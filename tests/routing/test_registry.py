@@ -94,9 +94,14 @@ def test_ones_own():
         registry.unregister(name)
 
 
-def test_an_installed_packages_type(monkeypatch):
-    entry = registry.importlib.metadata.EntryPoint("installed", f"{__name__}:Fit", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [entry])
+def test_an_installed_packages_type(monkeypatch, tmp_path):
+    """Of a path that has become longer since types were last asked for, too."""
+    assert "installed" not in router_types()
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\ninstalled = {__name__}:Fit\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert "installed" in router_types()
     try:
         assert get_router_type("installed").layer.__name__ == "Fit"

@@ -13,6 +13,8 @@ from rmoe_megablocks.errors import UsageError
 NONE, BYTES = "none", "bytes"
 _END = "<|endoftext|>"
 _PROBES = ("Hello world", " two  spaces ", "a\nb\n", "x = [1, 2.5]; // ok?", "Grüße, Ωmega, 日本語, 🙂", "\tTab")
+#: older releases follow neither the model's prefix nor its merges
+SENTENCEPIECE_SINCE = "5.24"
 _OF_SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -123,9 +125,17 @@ def _bytes(eod: int | None) -> Any:
 def _fast(path: Path) -> Any:
     """A SentencePiece model in the form of the tokenizers library, with the special pieces that it names."""
     import sentencepiece
+    import transformers
+    from packaging.version import Version
     from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SpmConverter
+
+    if Version(transformers.__version__) < Version(SENTENCEPIECE_SINCE):
+        raise UsageError(
+            f"writing a SentencePiece model as a fast tokenizer needs transformers {SENTENCEPIECE_SINCE}, here is "
+            f"{transformers.__version__}, which makes another tokenizer of it: upgrade, or add --tokenizer none"
+        )
 
     model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())

@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 from megatron.training import get_args, training
 
 from rmoe_megablocks.megatron.inputs import batches
+from rmoe_megablocks.megatron.monitoring import routing_stream
 from rmoe_megablocks.megatron.monitoring.interruption import Interrupted
 
 SECONDS_BETWEEN_CHECKS = 1.0
@@ -75,7 +76,10 @@ def mean_loss(
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens: nothing to predict")
     args = get_args()
-    with _steps_of(_micro_batches_a_step(model, args), args) as windows_a_step:
+    with (
+        routing_stream.recorded(model, args),
+        _steps_of(_micro_batches_a_step(model, args), args) as windows_a_step,
+    ):
         tokens_a_step = windows_a_step * args.seq_length
         steps = math.ceil((len(tokens) - 1) / tokens_a_step)
         windows = [_micro_batches(tokens, args, steps * windows_a_step) for _ in model]

@@ -157,11 +157,17 @@ def _message(s: Settings, tokens: float, world_size: int, machine: Hardware, wit
 
 def _shared(s: Settings, world_size: int, machine: Hardware) -> float:
     """A ring all-reduce over the stages."""
-    if s.pipeline == 1 or s.routing is None or s.routing.shared == s.routing.frozen_shared:
+    size = shared_bytes(s)
+    if not size:
         return 0.0
-    turns = 2 * (s.pipeline - 1)
-    size = (s.routing.shared - s.routing.frozen_shared) * s.grad_bytes
-    return turns * (machine.latency + size / s.pipeline / _rate(machine, world_size))
+    return 2 * (s.pipeline - 1) * (machine.latency + size / s.pipeline / _rate(machine, world_size))
+
+
+def shared_bytes(s: Settings) -> int:
+    """Of the gradients that stages add up in a step: those of what the routers of all layers share."""
+    if s.pipeline == 1 or s.routing is None:
+        return 0
+    return (s.routing.shared - s.routing.frozen_shared) * s.grad_bytes
 
 
 def _rate(machine: Hardware, ranks: int) -> float:

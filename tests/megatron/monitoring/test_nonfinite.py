@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rmoe_megablocks.megatron import preflight
+from tests import forked
 from tests.distributed.arguments import BASE, DISTRIBUTED_OPTIMIZER, PP2
-from tests.distributed.lab import REPOSITORY
+from tests.forked import REPOSITORY
 
 TORCHRUN = [sys.executable, "-m", "rmoe_megablocks.launcher.agent", "--standalone", "--local-addr", "127.0.0.1"]
 MODEL = [*BASE, "--train-iters", "5", "--log-interval", "1"]
@@ -18,8 +19,8 @@ SAVING = [*PP2, "--save-interval", "2"]
 UNSAVED = ["--no-checkpoints", "--mtp-num-layers", "1"]
 
 
-def run(folder: Path, processes: int, fault: str, *argv: str) -> tuple[int, str]:
-    """(exit code, terminal output) of the entry with a fault."""
+def launched(folder: Path, processes: int, fault: str, *argv: str) -> tuple[int, str]:
+    """(exit code, terminal output) of the entry with a fault, as the launcher starts it."""
     done = subprocess.run(
         [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "tests.faults.entry", fault, *MODEL]
         + [*argv, "--runs-dir", str(folder), "--run-name", "run"],
@@ -31,6 +32,14 @@ def run(folder: Path, processes: int, fault: str, *argv: str) -> tuple[int, str]
         timeout=300,
     )
     return done.returncode, done.stdout
+
+
+def run(folder: Path, processes: int, fault: str, *argv: str) -> tuple[int, str]:
+    """The same in forks; the code is that of all of them."""
+    words = (fault, *MODEL, *argv, "--runs-dir", str(folder), "--run-name", "run")
+    with forked.ranks("tests.faults.entry:main", words, processes, folder / "log") as ranks:
+        (code,) = set(forked.end(ranks, 300, grace=60))
+    return code, (folder / "log").read_text()
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -46,7 +55,7 @@ def table(output: str) -> dict[str, list[str]]:
 
 
 def test_a_weight_on_the_first_stage(tmp_path):
-    code, output = run(tmp_path, 2, "weight", *SAVING)
+    code, output = launched(tmp_path, 2, "weight", *SAVING)
     assert code == 1
     assert output.count("iteration 3: the loss of micro-batch 1 is nan (rank 1)") == 1, output[-3000:]
     assert "first place: layer 2, whose weights are not finite" in output

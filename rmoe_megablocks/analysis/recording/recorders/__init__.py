@@ -1,0 +1,1 @@
+"""One recorder for each kind of model: Hugging Face folders, checkpoints, routing traces."""

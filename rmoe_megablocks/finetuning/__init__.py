@@ -1,0 +1,1 @@
+"""``rmoe finetune``: supervised fine-tuning of Hugging Face folders, with TRL."""
