@@ -2,14 +2,17 @@
 
 A recording of the size asked for is simulated a batch at a time, so that no disk bounds it: scores of layers that know
 nothing of each other, which makes nearly every path of experts a new one, and token ids as frequent as in a text. What
-making a batch takes is left out of the time.
+making a batch takes is left out of the time. With ``--folder`` the recording is written there first, and measured from
+the disk, reading included; it stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,8 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.measuring.command_line import at_least
 from rmoe_megablocks.analysis import measuring
+from rmoe_megablocks.analysis.recording.about import About
+from rmoe_megablocks.errors import UsageError
 
 _BATCH = 65_536
 _VOCABULARY = 50_000
@@ -31,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--topk", type=at_least(1), default=4, help="experts a token (default 4)")
     add("--information-tokens", type=at_least(0), default=0, help="of the mutual information; 0: all (default 0)")
     add("--seed", type=at_least(0), default=0)
+    add("--folder", type=Path, help="write the recording to this new folder and measure it from there")
 
 
 class Simulated:
@@ -45,10 +51,9 @@ class Simulated:
 
     def __init__(self, tokens: int, layers: int, experts: int, topk: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self.about = SimpleNamespace(
-            name=f"simulated-{tokens}", layers=list(range(1, layers + 1)), experts=experts, topk=topk, tokens=tokens,
-            router_type="gru", recurrent=True, score_function="softmax", seed=seed, iteration=0, seq_length=4096,
-            config={}, data=[], tokenizer={},
+        self.about = About(
+            name=f"simulated-{tokens}", model="simulated", layers=list(range(1, layers + 1)), experts=experts,
+            topk=topk, tokens=tokens, router_type="gru", recurrent=True, seq_length=4096,
         )  # fmt: skip
         self.weights: dict[str, np.ndarray] = {}
         self._seed, self._rows = seed, min(_BATCH, tokens)
@@ -99,15 +104,16 @@ class Simulated:
 def run(args: argparse.Namespace) -> str:
     """The table: seconds of measuring, token-layers a second, peak memory of the process."""
     if args.topk > args.experts:
-        from rmoe_megablocks.errors import UsageError
-
         raise UsageError(f"--topk {args.topk}: there are {args.experts} experts")
     recording = Simulated(args.tokens, args.layers, args.experts, args.topk, args.seed)
+    where = "making batches left out"
+    if args.folder:
+        recording, where = _written(recording, args.folder), "read from disk, reading included"
     before = _peak()
     wall, processor = time.perf_counter(), time.process_time()
     found = measuring.measure(recording, measuring.Options(information_tokens=args.information_tokens))
-    wall = time.perf_counter() - wall - recording.seconds
-    processor = time.process_time() - processor - recording.processor_seconds
+    wall = time.perf_counter() - wall - getattr(recording, "seconds", 0)
+    processor = time.process_time() - processor - getattr(recording, "processor_seconds", 0)
     peak = _peak()
     work = args.tokens * args.layers
     of = f"{found['measures']['mutual_information']['tokens']:,} tokens in the mutual information"
@@ -115,8 +121,7 @@ def run(args: argparse.Namespace) -> str:
         [
             f"{machine.describe()}; {machine.load()}",
             f"simulated recording: {args.layers} layers, {args.experts} experts, top-{args.topk}; {of};",
-            f"every measure with baselines and 1000 resamples; one process; making batches ({recording.seconds:.0f} s) "
-            "left out",
+            f"every measure with baselines and 1000 resamples; one process; {where}",
             "",
             "| tokens | s | token-layers/s | processor s | token-layers a processor s | peak MiB | before measuring |",
             "|---|---|---|---|---|---|---|",
@@ -124,6 +129,19 @@ def run(args: argparse.Namespace) -> str:
             f"{peak:,.0f} | {before:,.0f} |",
         ]
     )
+
+
+def _written(recording: Simulated, folder: Path):
+    """The recording as it is read from ``folder``, which must be new."""
+    from rmoe_megablocks.analysis.recording.reading import Recording
+    from rmoe_megablocks.analysis.recording.writing import Writer
+
+    about = dataclasses.replace(recording.about, tokens=0)
+    with Writer(folder, about) as writer:
+        for batch in recording.batches():
+            writer.write(**vars(batch))
+        writer.finish()
+    return Recording.open(folder)
 
 
 def _peak() -> float:

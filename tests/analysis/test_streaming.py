@@ -155,6 +155,15 @@ def test_sigmoid_scores_are_taken_over_their_sum():
     assert value(measured, "outside_balance") == pytest.approx(0.5)
 
 
+def test_scores_beside_null_experts_are_taken_over_their_sum():
+    """A softmax over 4 real and 4 null experts: the real ones have half of it."""
+    scores = np.full((64, 1, 4), 0.125, np.float16)
+    measured = measuring.measure(Planted(scores, window=8, null_experts=4), FEW)
+    assert value(measured, "entropy") == pytest.approx(np.log(4))
+    assert value(measured, "outside_balance") == pytest.approx(0.5)
+    assert "over the real experts" in measured["measures"]["entropy"]["note"]
+
+
 def test_a_layer_alone_has_no_measures_between_layers():
     measured = measuring.measure(Planted(routers(layers=1, tokens=640)), FEW)
     assert {"transitions", "paths", "predictability"} <= measured["left_out"].keys()

@@ -29,7 +29,8 @@ class Piece:
         block: of the text.
         choices_TLK: int64, -1 where none.
         half_TLE: float16 scores as recorded.
-        scores_TLE: float32; sigmoid scores over their sum, so that every layer is a distribution.
+        scores_TLE: float32; sigmoid scores, and softmaxes over null experts too, over the sum of the real
+            experts', so that every layer is a distribution.
         ids: by kind, [T] token ids.
         domain_T, shuffled_domain_T: places in the survey's ``domains``.
         columns: what else there is a token and layer, float32 [T, L]: margin, state_norm, update_gate, reset_gate.
@@ -74,7 +75,7 @@ def _piece(about: Any, batch: Any, found: Survey, offset: int, start: int, stop:
     half = np.ascontiguousarray(batch.scores_TLE[part], np.float16)
     _check_values(about, half, choices, start)
     scores = half.astype(np.float32)
-    if about.score_function == "sigmoid":
+    if about.score_function == "sigmoid" or about.null_experts:
         total = scores.sum(-1, keepdims=True)
         scores /= np.where(total > 0, total, 1)
     return Piece(

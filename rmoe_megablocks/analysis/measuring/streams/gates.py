@@ -61,6 +61,7 @@ class Gates:
         about, ones = self._about, np.ones((1, self._blocks))
         number = about.experts
         over = " Sigmoid scores are taken over their sum." if about.score_function == "sigmoid" else ""
+        over = " Scores are taken over their sum over the real experts." if about.null_experts else over
         flat = f"{CLOSED}: flat gates"
         median = "median over tokens, to .4 % or better."
         inside = self._inside.median(ones)[0]
