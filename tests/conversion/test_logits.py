@@ -88,7 +88,9 @@ def test_what_transformers_saves_is_imported(made, tmp_path, cell):
     assert before.tensors.keys() == after.tensors.keys()
     for name in before.tensors:
         factor = 2 if name == "decoder.final_layernorm.weight" else 1
-        assert torch.equal(after.read(name), before.read(name) * factor), name
+        found = after.read(name)  # without the rows that Megatron had added to the vocabulary: the library saves none
+        assert torch.equal(found, before.read(name)[: len(found)] * factor), name
+        assert len(found) == len(before.read(name)) or name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
 @pytest.mark.skipif(not ALL_CELLS, reason="RMOE_TEST_ALL_CELLS=1")
