@@ -1,5 +1,6 @@
 """The written model computes what Megatron's does, in every cell; a wrong convention is seen."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_a_wrong_convention_is_refused(made, tmp_path, fault):
     tensors = load_file(weights)
     fault(tensors)
     save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="does not compute what the checkpoint does"):
+        judge(of_megatron(made(*argv), argv), of_huggingface(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_a_wrong_constant_is_refused(made, tmp_path, key):
+    argv = [*UNTIED, *DENSE_FIRST, *GROUPED, *GRU]
+    export(made(*argv), tmp_path / "folder", Options(verify=False, tokenizer="none"))
+    file = tmp_path / "folder" / "config.json"
+    config = json.loads(file.read_text())
+    place = config["rope_parameters"] if key in config["rope_parameters"] else config
+    place[key] = {"rope_theta": 500.0, "rms_norm_eps": 1e-6}[key]
+    file.write_text(json.dumps(config))
     with pytest.raises(UsageError, match="does not compute what the checkpoint does"):
         judge(of_megatron(made(*argv), argv), of_huggingface(tmp_path / "folder"))
 
