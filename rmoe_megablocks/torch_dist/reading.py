@@ -70,8 +70,11 @@ class Reader:
         Raises:
             UnsafePickle: it asks for a class or function that torch's and Megatron's allow-lists lack.
         """
-        import megatron.core  # noqa: F401  late: it registers Megatron's allow-list with torch
+        # late, as Megatron is. At each call: torch's safe_globals(), with which transformers' Trainer resumes, takes at its
+        # end out of the list what was there before it, NumPy's arrays among them
+        from megatron.core.safe_globals import register_safe_globals
 
+        register_safe_globals()
         stored, index, nowhere = _Bytes(), MetadataIndex(name), torch.Size([0])
         item = ReadItem(LoadItemType.BYTE_IO, index, nowhere, index, nowhere, nowhere)
         self._reader.read_data(LoadPlan([item]), stored)
