@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rmoe_megablocks.data import indexed
+from rmoe_megablocks.data import indexed, responses
 from rmoe_megablocks.data.errors import DataError
 from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
 from rmoe_megablocks.data.reading.formats import AUTO, BYTES
@@ -31,7 +31,7 @@ from rmoe_megablocks.data.tokenizers import Tokenizer, make_tokenizer
 from rmoe_megablocks.process import progress_stream
 
 # what a dataset's folder may hold: its files, and Megatron's sample indices in folders named as the prefixes
-_OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx"))}
+_OWN_NAMES = {FILE_NAME, *SPLITS, *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "idx", "mask"))}
 
 # a text of which more than this share is unknown to the tokenizer is not one that it is meant for
 _MOST_UNKNOWN = 0.25
@@ -51,6 +51,7 @@ def prepare(
     json_key: str | None = None,
     input_format: str = AUTO,
     append_eod: bool = False,
+    loss_after: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> DatasetMetadata:
@@ -69,6 +70,7 @@ def prepare(
             it is; "bytes" takes any bytes, for the bytes tokenizer. Compressed files are decompressed in all three. The
             mark that UTF-8 files may begin with is left out except by "bytes".
         append_eod: end documents (rows; for plain text: each split) in the tokenizer's end-of-document id.
+        loss_after: the line that ends the prompt of each row: see :mod:`rmoe_megablocks.data.responses`.
         overwrite: replace a dataset that is there, once the new one is complete.
         progress: a progress bar on stderr.
 
@@ -80,6 +82,8 @@ def prepare(
     """
     parsed = parse_split(split)
     encoding = make_tokenizer(tokenizer, tokenizer_model, append_eod)
+    if loss_after is not None and (json_key is None or not loss_after or "\n" in loss_after):
+        raise DataError(f"--loss-after {loss_after!r}: expected one line, and --json-key: rows have prompts")
     target = Path(output).resolve()
     _check_target(target, output, overwrite)
     source = Inputs([Path(path) for path in inputs], json_key, input_format)
@@ -96,7 +100,7 @@ def prepare(
             parts = _cut_rows(source.pieces(), ends)
         else:
             parts = _cut_stream(source.pieces(), ends, encoding.cuts_bytes)
-        splits, dtype = _write(staging, parts, encoding, append_eod, bar.update)
+        splits, dtype = _write(staging, parts, encoding, append_eod, loss_after, bar.update)
         used = sum(written.bytes for written in splits.values())
         # a cut moves by less than a character, or for rows to the nearest row
         if json_key is None and used < ends[-1]:
@@ -124,6 +128,7 @@ def prepare(
             unused_bytes=total - used,
             sources=tuple(files),
             unknown_tokens=encoding.unknown_tokens,
+            loss_after=loss_after,
         )
         metadata.save(staging)
         metadata.check_files(staging)
@@ -169,6 +174,7 @@ def _write(
     parts: Iterator[tuple[int, bytes, bool]],
     tokenizer: Tokenizer,
     append_eod: bool,
+    loss_after: str | None,
     advance: Callable[[int], object],
 ) -> tuple[dict[str, SplitMetadata], str]:
     """Encode ``parts`` (split, bytes, whether a document ends there; non-decreasing splits) into the splits' files."""
@@ -185,8 +191,21 @@ def _write(
             writers[current].end_document()
             encoder = None
 
+    def write_row(row: bytes, number: int) -> None:
+        ids, prompt = responses.encode(tokenizer, row, loss_after, number)
+        writers[split].write(ids)
+        writers[split].write(eod)
+        writers[split].end_document()
+        with responses.mask_path(directory / SPLITS[split]).open("ab") as file:
+            file.write(bytes(prompt) + b"\1" * (len(ids) - prompt + len(eod)))
+
     try:
-        for split, data, ends_document in parts:
+        for number, (split, data, ends_document) in enumerate(parts, start=1):
+            if loss_after is not None:
+                write_row(data, number)
+                sizes[split] += len(data)
+                advance(len(data))
+                continue
             if split != current:
                 end_document()
                 current = split

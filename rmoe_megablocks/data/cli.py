@@ -50,6 +50,12 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         help="text: take JSON for the text it is; bytes: take any bytes (default: auto: UTF-8 text, or JSON with "
         "--json-key; everything else is refused)",
     )
+    add(
+        "--loss-after",
+        metavar="LINE",
+        help="with --json-key: a row is a prompt, to the end of this line, and a response; the loss of training is "
+        "that of responses and their end",
+    )
     add("--append-eod", action="store_true", help="end each document in an end-of-document token")
     add("--overwrite", action="store_true", help="replace the dataset in --output")
     info = commands.add_parser("info", help="show what a dataset holds", description="Show what a dataset holds.")
@@ -70,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
                     json_key=args.json_key,
                     input_format=args.input_format,
                     append_eod=args.append_eod,
+                    loss_after=args.loss_after,
                     overwrite=args.overwrite,
                     progress=True,
                 )
@@ -105,6 +112,8 @@ def table(metadata: DatasetMetadata) -> str:
         f"vocabulary  {metadata.vocab_size:,}, stored as {metadata.dtype}, end of document: {eod}",
         f"split       {metadata.split}, {metadata.unused_bytes:,} bytes unused",
     ]
+    if metadata.loss_after is not None:
+        lines.append(f"loss        of what follows the line {metadata.loss_after!r}")
     if metadata.unknown_tokens:
         lines.append(f"unknown     {_unknown(metadata)}")
     lines += [

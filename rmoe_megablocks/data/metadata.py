@@ -34,7 +34,8 @@ class DatasetMetadata:
     None unless documents end in it. ``dtype`` is NumPy's name of the tokens' type on disk. ``split`` is the spelling
     that was asked for. ``splits`` has train, valid and test; one asked for with size 0 has no files. ``unused_bytes``
     is text at the end of the input that the split left out. ``newlines`` is "kept" or "lost". ``unknown_tokens`` of all
-    splits stand for characters that the tokenizer's vocabulary lacks.
+    splits stand for characters that the tokenizer's vocabulary lacks. ``loss_after`` is the line that ends a row's
+    prompt, whose tokens SPLIT.mask leaves out of the loss; None where all tokens count.
     """
 
     format_version: int
@@ -50,6 +51,7 @@ class DatasetMetadata:
     unused_bytes: int
     sources: tuple[Source, ...]
     unknown_tokens: int = 0
+    loss_after: str | None = None
 
     @classmethod
     def load(cls, prefix_or_dir: str | Path) -> DatasetMetadata:
@@ -116,6 +118,9 @@ class DatasetMetadata:
                 if (size := path.stat().st_size) != expected:
                     kind = "truncated" if size < expected else "too long"
                     raise DataError(f"{path}: {kind}: {size:,} bytes, but {FILE_NAME} says {expected:,}")
+            mask = directory / f"{name}.mask"
+            if self.loss_after is not None and (not mask.is_file() or mask.stat().st_size != split.tokens):
+                raise DataError(f"{mask}: is missing or no byte for each of {split.tokens:,} tokens: prepare it again")
             index = indexed.read_index(directory / name)
             found = (index.dtype.name, index.tokens, len(index.lengths))
             if found != (self.dtype, split.tokens, split.documents):

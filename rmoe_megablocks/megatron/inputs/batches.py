@@ -20,6 +20,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from rmoe_megablocks.megatron.inputs.responses import ResponseDataset, has_mask
 from rmoe_megablocks.megatron.monitoring import nonfinite
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -65,9 +66,19 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
     def on_this_rank() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    config = dataset_config(args)
     num_samples = [training_samples(args, num_samples[0]), *num_samples[1:]]
-    return BlendedMegatronDatasetBuilder(kind, num_samples, on_this_rank, dataset_config(args)).build()
+    return BlendedMegatronDatasetBuilder(_kind(args, config), num_samples, on_this_rank, config).build()
+
+
+def _kind(args, config: GPTDatasetConfig) -> type[GPTDataset]:
+    """The class of the datasets; with ours, which looks for masks, only where there is one: its name is in the names of
+    Megatron's index files."""
+    if args.mock_data:
+        return MockGPTDataset
+    blends = [config.blend, *(config.blend_per_split or ())]
+    prefixes = [prefix for blend in blends if blend for prefix in blend[0]]
+    return ResponseDataset if any(map(has_mask, prefixes)) else GPTDataset
 
 
 def training_samples(args, asked: int) -> int:

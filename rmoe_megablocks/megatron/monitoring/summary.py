@@ -31,8 +31,8 @@ _MANY_TOKENS = 10_000_000  # of the training split: counting their bigrams takes
 
 
 def bytes_per_token(run: Run) -> dict[str, float]:
-    """Of each split that has text of known size."""
-    splits = run.metadata.splits if run.metadata else {}
+    """Of each split that has text of known size; none where the loss is of a part of the text."""
+    splits = run.metadata.splits if run.metadata and run.metadata.loss_after is None else {}
     return {name: split.bytes / split.tokens for name, split in splits.items() if split.tokens and split.bytes}
 
 

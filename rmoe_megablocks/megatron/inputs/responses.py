@@ -1,0 +1,38 @@
+"""Megatron's GPT dataset whose loss mask leaves out prompts, for splits that have a mask beside their tokens."""
+
+import copy
+from pathlib import Path
+
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from rmoe_megablocks.data.responses import Masks, mask_path
+
+
+class ResponseDataset(GPTDataset):
+    """A GPTDataset; where its split has a mask, a label of a prompt has the loss mask 0.
+
+    The mask is read through the indices that tokens are read through (``_query_document_sample_shuffle_indices``,
+    gpt_dataset.py), so that it lies as they do in any packing, order and epoch.
+    """
+
+    def __init__(self, dataset, dataset_path, *args, **kwargs) -> None:
+        super().__init__(dataset, dataset_path, *args, **kwargs)
+        self._of_masks = None
+        if has_mask(dataset_path):
+            self._of_masks = copy.copy(self)
+            self._of_masks.dataset = Masks(dataset_path)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """A sample [S] of Megatron's, ``loss_mask`` float32."""
+        sample = super().__getitem__(idx)
+        if self._of_masks is None:
+            return sample
+        mask, *_ = self._of_masks._query_document_sample_shuffle_indices(0 if idx is None else idx)
+        counts_S = torch.from_numpy(mask == 1)[1:]  # of the labels, which are a token further; padding is no label
+        return sample | {"loss_mask": sample["loss_mask"] * counts_S}
+
+
+def has_mask(prefix: str | Path | None) -> bool:
+    """Whether the split PREFIX has a mask beside its tokens."""
+    return prefix is not None and mask_path(prefix).is_file()

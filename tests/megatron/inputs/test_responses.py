@@ -1,0 +1,105 @@
+"""Prompts in Megatron's packed samples: their labels have no gradient, and the loss is a mean without them."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+
+from rmoe_megablocks.data import prepare
+from rmoe_megablocks.megatron.inputs import batches
+from rmoe_megablocks.megatron.inputs.responses import ResponseDataset
+from tests.ports import free_port
+
+LENGTH, END = 48, 256
+LINE = "### response:"  # prompts have no capital letter, answers nothing else
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """Rows of a prompt and an answer, of many lengths."""
+    place, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    rows = [
+        {"text": "".join(rng.choice(list("abc \n"), n)) + f"\n{LINE}\n" + "".join(rng.choice(list("XYZ"), m))}
+        for n, m in rng.integers(0, 60, (40, 2))
+    ]
+    (place / "rows.json").write_text(json.dumps(rows))
+    prepare([place / "rows.json"], place / "out", split="100%,0,0", json_key="text", append_eod=True, loss_after=LINE)
+    return str(place / "out" / "train")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{free_port()}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def dataset(prefix, kind=None) -> GPTDataset:
+    """Three epochs of samples, as the entry builds them."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=LENGTH,
+        blend_per_split=[([prefix], None), None, None],
+        tokenizer=SimpleNamespace(vocab_size=257, eod=END, pad=-1, unique_identifiers={"class": "test"}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    kind = kind or batches._kind(SimpleNamespace(mock_data=False), config)
+    return BlendedMegatronDatasetBuilder(kind, [120, 0, 0], lambda: True, config).build()[0]
+
+
+def learnt(labels):
+    """By the text alone: capital letters, and the end of a row."""
+    return ((labels >= ord("A")) & (labels <= ord("Z"))) | (labels == END)
+
+
+def test_the_mask_lies_as_the_labels_do(prefix):
+    found, plain = dataset(prefix), dataset(prefix, GPTDataset)
+    assert type(found) is ResponseDataset and len(found) == len(plain) >= 120
+    for number in range(len(found)):
+        ours, theirs = found[number], plain[number]
+        assert (ours["loss_mask"].bool() == learnt(ours["labels"])).all()
+        for key in ("tokens", "labels", "position_ids"):
+            assert (ours[key] == theirs[key]).all()
+        assert (theirs["loss_mask"] == 1).all()
+    assert not found[None]["loss_mask"].any()
+
+
+def test_without_a_mask_it_is_megatrons_own(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "abc" * 99}]))
+    prepare([tmp_path / "rows.json"], tmp_path / "out", split="100%,0,0", json_key="text", append_eod=True)
+    assert type(dataset(str(tmp_path / "out" / "train"))) is GPTDataset
+
+
+def test_loss_and_gradient(prefix, monkeypatch):
+    arguments = SimpleNamespace(stop_on_nonfinite=False, check_for_nan_in_loss_and_grad=False)
+    monkeypatch.setattr(batches, "get_args", lambda: arguments)
+    found = dataset(prefix)
+    samples = [found[number] for number in range(4)]
+    mask_BS, labels_BS = (torch.stack([sample[key] for sample in samples]) for key in ("loss_mask", "labels"))
+    logits_BSV = torch.randn(4, LENGTH, 257, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")
+    config = SimpleNamespace(
+        calculate_per_token_loss=False, timers=None, num_moe_experts=None, mtp_num_layers=None,
+        experimental_attention_variant=None, csa_compress_ratios=None,
+    )  # fmt: skip
+    reported = []
+    loss, tokens = forward_step_calc_loss(
+        None, losses_BS, lambda output: batches.loss_func(mask_BS, output), config, None, False, reported, 1,
+        cp_group_size=1, is_last_stage=True,
+    )  # fmt: skip
+    counts_BS = learnt(labels_BS)
+    assert 0 < counts_BS.sum() < counts_BS.numel() and tokens == counts_BS.sum()
+    torch.testing.assert_close(loss, losses_BS[counts_BS].mean(), rtol=0, atol=1e-6)
+    assert reported[0]["lm loss"][1] == counts_BS.sum()
+    loss.backward()
+    at_BS = logits_BSV.grad.abs().amax(-1)
+    assert (at_BS[~counts_BS] == 0).all() and (at_BS[counts_BS] > 0).all()
