@@ -134,6 +134,11 @@ TOUCHED: tuple[Touched, ...] = (
         "end checkpoint writers with their rank",
     ),
     Touched("megatron.core.datasets.gpt_dataset:numpy", "write the datasets' indices whole"),
+    Touched(
+        "megatron.core.datasets.gpt_dataset:GPTDataset._query_document_sample_shuffle_indices",
+        "leave prompts out of the loss",
+        ("idx",),
+    ),
     Touched("megatron.core.datasets.blended_dataset:numpy", "write the datasets' indices whole"),
     # megatron/loaders.py
     Touched(

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         summary = json.loads((place / "eval" / "summary.json").read_bytes())
         settings_used = json.loads((place / "eval" / "arguments.json").read_bytes())
     told = summary["evaluation"]["test"]
-    if "left_out" in told:
+    if "left_out" in told and "first_tokens" not in told:
         print(f"rmoe: nothing was evaluated: {told['left_out']}", file=sys.stderr)
         return 130 if "interrupted" in told["left_out"] else 2
     result = result_of(args, text, summary, settings_used)
@@ -105,7 +105,8 @@ def one_split(source: Path, split: str, metadata: data.DatasetMetadata, target: 
     for ending in (".bin", ".idx"):
         (target / f"test{ending}").symlink_to((source / f"{split}{ending}").resolve())
     splits = {name: SplitMetadata(0, 0, 0) for name in SPLITS} | {"test": metadata.splits[split]}
-    dataclasses.replace(metadata, splits=splits).save(target)
+    # without the masks of --loss-after: a text is evaluated whole
+    dataclasses.replace(metadata, splits=splits, loss_after=None).save(target)
 
 
 def argv(args: argparse.Namespace, settings: Path, folder: Path, step: int | None) -> list[str]:
@@ -144,14 +145,18 @@ def launch(words: Sequence[str], **variables: str) -> int:
 def result_of(args: argparse.Namespace, text: texts.Text, summary: dict, used: dict[str, Any]) -> dict[str, Any]:
     """What :func:`rmoe_megablocks.evaluation.folders.run` says, from a run's summary and arguments."""
     told = summary["evaluation"]["test"]
-    partial = told["tokens"] < told["of"]
-    bits = summary["test_bpc_partial" if partial else "test_bpc"]
-    nats = bits * math.log(2) * text.counts.bytes / len(text.tokens) * told["tokens"]
+    interrupted = "first_tokens" in told
+    if interrupted:
+        done, bits = told["first_tokens"], told["first_tokens_bpc"]
+    else:
+        done = told["tokens"]
+        bits = summary["test_bpc_partial" if done < told["of"] else "test_bpc"]
+    nats = bits * math.log(2) * text.counts.bytes / len(text.tokens) * done
     precision = next((name for name in ("bf16", "fp16") if used.get(name)), "fp32")
-    done = report.Done(nats, told["tokens"], False, used["seq_length"], used["seq_length"])
+    predicted = report.Done(nats, done, interrupted, used["seq_length"], used["seq_length"])
     return {
         "model": str(args.model),
         "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision],
         "layout": summary["layout"],
-        **report.result_of(args.data, text, done),
+        **report.result_of(args.data, text, predicted),
     }

@@ -91,6 +91,10 @@ def of_dataset(folder: Path, split: str) -> tuple[Text, data.DatasetMetadata]:
         counts = count(tokens[tokens < 256].astype(np.uint8).tobytes())
     else:
         notes = ("words and characters are not known: a dataset holds tokens; give the text's file for them",)
+    if metadata.loss_after is not None:
+        notes += (
+            f"whole texts: what the training's loss leaves out, to the line {metadata.loss_after!r}, counts here",
+        )
     if counts.bytes != metadata.splits[split].bytes:
         raise UsageError(f"{folder / split} is not the text that dataset.json describes: prepare it again")
     return Text(tokens, counts, split, 0, notes + _unknown(metadata.unknown_tokens, " of all splits")).check(

@@ -10,15 +10,18 @@ from collections.abc import Callable
 
 from megatron.training import get_args, global_vars
 from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.compat.megatron import script_hooks as megatron_script_hooks
+from rmoe_megablocks.data.responses import mask_path
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, balancing
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling
 from rmoe_megablocks.megatron.checks import refusals, startup
 from rmoe_megablocks.megatron.experts.backend import MEGATRON
+from rmoe_megablocks.megatron.inputs.responses import masked
 from rmoe_megablocks.megatron.null_experts import options as null_experts
 from rmoe_megablocks.megatron.recurrence.install import install_router
 from rmoe_megablocks.megatron.resolve import choose_optimizer_checkpoint
@@ -79,6 +82,7 @@ def prepare_model(model_config: GPTModelConfig, args: argparse.Namespace) -> Non
     _check_router(args)
     if args.yaml_cfg is not None:
         return
+    _check_no_prompts(args)
     notes = upcycling.choose(args)
     compatibility.check_router_matches(args)
     resharding.check_optimizer_layout(args)
@@ -118,6 +122,16 @@ def _check_router(args: argparse.Namespace) -> None:
         refusals.check_router_arguments(args)
     finally:
         del args.explicit  # Megatron saves its arguments with every checkpoint
+
+
+def _check_no_prompts(args: argparse.Namespace) -> None:
+    """Refuses a dataset that says which tokens are prompts: a script's own dataset would learn them all."""
+    found = masked(*get_blend_and_blend_per_split(args))
+    if found:
+        raise UsageError(
+            f"{mask_path(found[0])}: the dataset leaves prompts out of the loss, which {sys.argv[0]} would count: "
+            "fine-tune with rmoe's own entry (launch/pretrain_rmoe.sh), or prepare it without --loss-after"
+        )
 
 
 def _typed_options() -> set[str]:

@@ -70,8 +70,8 @@ class Reader:
         Raises:
             UnsafePickle: it asks for a class or function that torch's and Megatron's allow-lists lack.
         """
-        # late, as Megatron is. At each call: torch's safe_globals(), with which transformers' Trainer resumes, takes at its
-        # end out of the list what was there before it, NumPy's arrays among them
+        # Late, as Megatron is. At each call: torch's safe_globals(), with which transformers' Trainer resumes, takes
+        # out of the list, at its end, also what was there before it: NumPy's arrays among them.
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()

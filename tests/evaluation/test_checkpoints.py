@@ -13,7 +13,7 @@ import pytest
 
 from rmoe_megablocks import cli, data, yaml12
 from rmoe_megablocks.data import embedded_corpus
-from rmoe_megablocks.evaluation import checkpoints
+from rmoe_megablocks.evaluation import checkpoints, texts
 from tests.evaluation.made import folder, refused
 from tests.test_end_to_end import ENVIRONMENT, LAUNCHER, REPOSITORY, SMALL
 
@@ -66,6 +66,48 @@ def test_one_split_alone(dataset, tmp_path):
     one = data.DatasetMetadata.load(tmp_path / "one")
     assert {name: split.tokens for name, split in one.splits.items()} == {"train": 0, "valid": 0, "test": 4000}
     assert bytes(data.read_tokens(tmp_path / "one" / "test").astype("u1")) == embedded_corpus()[20_000:24_000]
+
+
+def test_an_interrupted_one_has_the_figures_of_its_beginning(dataset, tmp_path, capsys, monkeypatch):
+    """As an evaluation of the first tokens alone has, but for the word for it."""
+    there, bits = a_run(tmp_path / "run"), 2.5
+
+    def launcher(told):
+        def launch(words):
+            place = Path(words[words.index("--runs-dir") + 1]) / "eval"
+            place.mkdir()
+            (place / "summary.json").write_text(json.dumps({"layout": "1 process", **told}))
+            (place / "arguments.json").write_text(json.dumps({"seq_length": 64}))
+            return 0
+
+        return launch
+
+    results = []
+    capped = {"test_bpc_partial": bits, "evaluation": {"test": {"tokens": 640, "of": 5999}}}
+    stopped = {"left_out": "interrupted by a signal", "first_tokens": 640, "first_tokens_bpc": bits, "of": 5999}
+    for told, code in ((capped, 0), ({"evaluation": {"test": stopped}}, 130)):
+        monkeypatch.setattr(checkpoints, "launch", launcher(told))
+        words = ["eval", there, "--data", dataset, "--json", tmp_path / "result.json"]
+        assert cli.main(list(map(str, words))) == code
+        assert ("PARTIAL (interrupted): the first 640 of 5,999 tokens" in capsys.readouterr().out) == (code == 130)
+        results.append(json.loads((tmp_path / "result.json").read_text()))
+    for result in results:
+        assert result.pop("bits_per_byte") == pytest.approx(bits) and result.pop("tokens") == 640
+        result.pop("seconds")
+    assert results[0].pop("interrupted") is False and results[1].pop("interrupted") is True
+    assert results[0] == results[1]
+
+
+def test_prompts_that_the_training_leaves_out_count(tmp_path):
+    row = {"text": "ask\n### Response:\nsay"}
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
+    data.prepare(
+        [tmp_path / "rows.json"], tmp_path / "out", split="50%,0,50%", json_key="text", loss_after="### Response:"
+    )
+    text, metadata = texts.of_dataset(tmp_path / "out", "test")
+    assert len(text.tokens) == 2 * len(row["text"]) and "'### Response:', counts here" in text.notes[-1]
+    checkpoints.one_split(tmp_path / "out", "test", metadata, tmp_path / "one")
+    assert data.DatasetMetadata.load(tmp_path / "one").loss_after is None
 
 
 def test_bad_input(dataset, tmp_path, capsys):

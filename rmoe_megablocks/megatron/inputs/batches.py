@@ -20,7 +20,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from rmoe_megablocks.megatron.inputs.responses import ResponseDataset, has_mask
+from rmoe_megablocks.megatron.inputs.responses import ResponseDataset, masked
 from rmoe_megablocks.megatron.monitoring import nonfinite
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -72,13 +72,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
 
 
 def _kind(args, config: GPTDatasetConfig) -> type[GPTDataset]:
-    """The class of the datasets; with ours, which looks for masks, only where there is one: its name is in the names of
-    Megatron's index files."""
+    """The class of the datasets: ours only where there is a mask, as its name is in those of Megatron's index files."""
     if args.mock_data:
         return MockGPTDataset
-    blends = [config.blend, *(config.blend_per_split or ())]
-    prefixes = [prefix for blend in blends if blend for prefix in blend[0]]
-    return ResponseDataset if any(map(has_mask, prefixes)) else GPTDataset
+    return ResponseDataset if masked(config.blend, config.blend_per_split) else GPTDataset
 
 
 def training_samples(args, asked: int) -> int:

@@ -121,7 +121,13 @@ def _prepared(args: argparse.Namespace, scratch: Path | None) -> Data:
     for split in SPLITS:
         setattr(args, f"{split}_data_path", paths.get(split))
     sizes = {split: (str(dataset / split), metadata.splits[split].tokens) for split in SPLITS}
-    return Data(dataset, metadata, _leave_out_short_splits(args, sizes, evaluated_splits(metadata)))
+    notes = _leave_out_short_splits(args, sizes, evaluated_splits(metadata))
+    if metadata.loss_after is not None:
+        notes.append(
+            f"{dataset}: the loss is of what follows the line {metadata.loss_after!r}; the exact evaluation at the end "
+            "is of whole texts"
+        )
+    return Data(dataset, metadata, notes)
 
 
 def _choose_tokenizer(args: argparse.Namespace, dataset: Path, metadata: data.DatasetMetadata) -> None:

@@ -1,12 +1,16 @@
 """Megatron's GPT dataset whose loss mask leaves out prompts, for splits that have a mask beside their tokens."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from rmoe_megablocks.data.responses import Masks, mask_path
+
+#: prefixes and their weights
+Blend = tuple[list[str], list[float] | None] | None
 
 
 class ResponseDataset(GPTDataset):
@@ -36,3 +40,9 @@ class ResponseDataset(GPTDataset):
 def has_mask(prefix: str | Path | None) -> bool:
     """Whether the split PREFIX has a mask beside its tokens."""
     return prefix is not None and mask_path(prefix).is_file()
+
+
+def masked(blend: Blend, blend_per_split: Sequence[Blend] | None) -> list[str]:
+    """The prefixes that have a mask, of what ``get_blend_and_blend_per_split`` makes of a run's arguments."""
+    prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
+    return [prefix for prefix in prefixes if has_mask(prefix)]

@@ -70,7 +70,7 @@ def mean_loss(
         advance: called with the number of tokens predicted since it was called last.
 
     Raises:
-        Interrupted: by ``check``, or by --exit-duration-in-mins.
+        Interrupted: by ``check``, or by --exit-duration-in-mins; with the mean over the tokens predicted until then.
         ValueError: nothing to predict.
     """
     if len(tokens) < 2:
@@ -84,29 +84,40 @@ def mean_loss(
         steps = math.ceil((len(tokens) - 1) / tokens_a_step)
         windows = [_micro_batches(tokens, args, steps * windows_a_step) for _ in model]
         nats, done, seconds = 0.0, 0, 0.0
-        while done < steps:
-            seconds = check(seconds)
-            chunk = min(steps - done, max(1, int(SECONDS_BETWEEN_CHECKS / seconds)) if seconds else 1)
-            started = time.perf_counter()
-            losses, _, late = training.evaluate(
-                batches.forward_step,
-                windows if len(model) > 1 else windows[0],
-                model,
-                None,
-                get_model_config(model[0]),
-                eval_iters=chunk,
-            )
-            if late:  # on all ranks
-                raise Interrupted(f"by --exit-duration-in-mins {args.exit_duration_in_mins}")
-            seconds = (time.perf_counter() - started) / chunk
-            predicted = min((done + chunk) * tokens_a_step, len(tokens) - 1) - done * tokens_a_step
-            done += chunk
-            if losses:
-                nats += float(losses["lm loss"]) * predicted  # float64: Megatron's own sums are float32
-            advance(predicted)
+        try:
+            while done < steps:
+                seconds = check(seconds)
+                chunk = min(steps - done, max(1, int(SECONDS_BETWEEN_CHECKS / seconds)) if seconds else 1)
+                started = time.perf_counter()
+                losses, _, late = training.evaluate(
+                    batches.forward_step,
+                    windows if len(model) > 1 else windows[0],
+                    model,
+                    None,
+                    get_model_config(model[0]),
+                    eval_iters=chunk,
+                )
+                if late:  # on all ranks
+                    raise Interrupted(f"by --exit-duration-in-mins {args.exit_duration_in_mins}")
+                seconds = (time.perf_counter() - started) / chunk
+                predicted = min((done + chunk) * tokens_a_step, len(tokens) - 1) - done * tokens_a_step
+                done += chunk
+                if losses:
+                    nats += float(losses["lm loss"]) * predicted  # float64: Megatron's own sums are float32
+                advance(predicted)
+        except Interrupted as interrupted:
+            if done:  # on all ranks alike
+                interrupted.done = done * tokens_a_step
+                interrupted.mean = _last_stages(nats) / interrupted.done
+            raise
+    return _last_stages(nats) / (len(tokens) - 1)
+
+
+def _last_stages(nats: float) -> float:
+    """The sum that the last stage has. Collective."""
     total = torch.tensor([nats], dtype=torch.float64, device="cuda")
-    torch.distributed.broadcast(total, torch.distributed.get_world_size() - 1)  # the last stage has it
-    return total.item() / (len(tokens) - 1)
+    torch.distributed.broadcast(total, torch.distributed.get_world_size() - 1)
+    return total.item()
 
 
 def _micro_batches_a_step(model: list[torch.nn.Module], args) -> int:

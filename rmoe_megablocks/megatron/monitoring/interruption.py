@@ -8,7 +8,15 @@ from megatron.training.global_vars import get_signal_handler
 
 
 class Interrupted(Exception):
-    """The work ended before it was done; the text says why. Raised by every rank in the same place."""
+    """The work ended before it was done; the text says why. Raised by every rank in the same place.
+
+    Attributes:
+        mean: of what was done, None if that is nothing.
+        done: how much that is.
+    """
+
+    mean: float | None = None
+    done: int = 0
 
 
 class Interruption:

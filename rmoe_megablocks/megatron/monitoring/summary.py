@@ -127,9 +127,17 @@ def _evaluate(run: Run, model: list[torch.nn.Module], reporter: Reporter, summar
                 interruption.alone()
                 _add_bigram(run, reporter, summary, part)
     except Interrupted as interrupted:
+        begun = split
         for split in splits:
             if summary["evaluation"][split] == {"left_out": _UNFINISHED}:
                 summary["evaluation"][split] = {"left_out": f"interrupted {interrupted}"}
+        if interrupted.mean is not None and math.isfinite(interrupted.mean):
+            # no figure to compare runs by: how far it came depends on when the signal came
+            summary["evaluation"][begun] |= {
+                "first_tokens": interrupted.done,
+                "first_tokens_bpc": parts[begun].bits_per_byte(interrupted.mean),
+                "of": parts[begun].of,
+            }
         reporter.say(
             f"evaluation interrupted {interrupted}: the training is done and saved, the same command evaluates again"
             if run.args.save
@@ -162,7 +170,12 @@ def _results(summary: dict, splits: Iterable[str]) -> str:
     words = []
     for split in ("test", "valid"):
         told = summary["evaluation"][split]
-        if "left_out" in told:
+        if "first_tokens" in told:
+            words.append(
+                f"{split} {told['first_tokens_bpc']:.3f} bpc of the first {told['first_tokens']:,} of {told['of']:,} "
+                f"tokens ({told['left_out']})"
+            )
+        elif "left_out" in told:
             words += [f"{split} left out: {told['left_out']}"] * (split in splits)
         elif told["tokens"] < told["of"]:
             figure = summary[f"{split}_bpc_partial"]

@@ -11,6 +11,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 
 from rmoe_megablocks.data import prepare
+from rmoe_megablocks.errors import UsageError
+from rmoe_megablocks.megatron import existing_job
 from rmoe_megablocks.megatron.inputs import batches
 from rmoe_megablocks.megatron.inputs.responses import ResponseDataset
 from tests.ports import free_port
@@ -93,7 +95,7 @@ def test_loss_and_gradient(prefix, monkeypatch):
     )  # fmt: skip
     reported = []
     loss, tokens = forward_step_calc_loss(
-        None, losses_BS, lambda output: batches.loss_func(mask_BS, output), config, None, False, reported, 1,
+        None, losses_BS, lambda output: batches.loss_func(mask_BS, output), config, None, False, 1, reported,
         cp_group_size=1, is_last_stage=True,
     )  # fmt: skip
     counts_BS = learnt(labels_BS)
@@ -103,3 +105,13 @@ def test_loss_and_gradient(prefix, monkeypatch):
     loss.backward()
     at_BS = logits_BSV.grad.abs().amax(-1)
     assert (at_BS[~counts_BS] == 0).all() and (at_BS[counts_BS] > 0).all()
+
+
+def test_a_stock_script_is_refused(prefix, monkeypatch):
+    """Its own dataset would count the prompts."""
+    places = "data_path data_args_path train_data_path valid_data_path test_data_path per_split_data_args_path".split()
+    args = SimpleNamespace(**dict.fromkeys(places))
+    existing_job._check_no_prompts(args)
+    args.train_data_path = [prefix]
+    with pytest.raises(UsageError, match=r"train\.mask: the dataset leaves prompts out of the loss"):
+        existing_job._check_no_prompts(args)

@@ -79,9 +79,12 @@ def test_a_signal_ends_it_and_another_handler_is_back_afterwards(model):
         told.append(tokens)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="by a signal"), Interruption() as stop:
-        mean_loss([object()], np.arange(2000) % 256, stop.check, advance)
+    tokens = np.arange(2000) % 256
+    with pytest.raises(Interrupted, match="by a signal") as caught, Interruption() as stop:
+        mean_loss([object()], tokens, stop.check, advance)
     assert len(told) == 1  # a step, and no second one
+    assert caught.value.done == told[0] < 1999
+    assert caught.value.mean == pytest.approx(tokens[1 : told[0] + 1].mean(), rel=1e-6)  # of what was done
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -96,8 +99,9 @@ def test_a_time_limit_is_no_loss_of_zero(model, monkeypatch):
     """Megatron's evaluate returns None then."""
     monkeypatch.setattr(ARGS, "exit_duration_in_mins", 5)
     model.late_after = 1
-    with pytest.raises(Interrupted, match="by --exit-duration-in-mins 5"):
+    with pytest.raises(Interrupted, match="by --exit-duration-in-mins 5") as caught:
         mean_loss([object()], np.arange(2000) % 256)
+    assert (caught.value.mean is None) == (caught.value.done == 0)
 
 
 def test_a_part_is_the_first_tokens_and_their_share_of_the_bytes():
