@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,11 @@ _EPILOG = """\
 Every other argument goes to all runs and beats the study's, as for launch/pretrain_rmoe.sh:
 
   rmoe sweep studies/enwik8_cpu.yaml --dataset data/enwik8 --jobs 2
+
+As jobs of a cluster, compared by 'rmoe compare runs/STUDY' when they are done:
+
+  rmoe sweep studies/paper_0.9b.yaml --commands |
+      while read -r run; do eval sbatch --gpus-per-node=8 launch/slurm/train.sbatch "$run"; done
 
 Runs that are there are left out, an interrupted one goes on; when all are there, they are compared ('rmoe compare').
 """
@@ -38,6 +44,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--only", action="append", metavar="PATTERN", help="runs whose name has it, as seed1, or matches it, as gru-*")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default 1)")
     add("--list", action="store_true", help="say which runs there are and which are done, start nothing")
+    add("--commands", action="store_true", help="print each run's arguments, a line a run, start nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         for one, _ in runs:
             print(f"{one.name}: {'to do' if one in dict(todo) else 'done'}")
+        return 0
+    if args.commands:
+        for one, words in runs:
+            print(shlex.join([*words, "--runs-dir", str(runs_dir), "--run-name", one.name]))
         return 0
     firsts: dict[str, tuple] = {}
     for one, words in todo:

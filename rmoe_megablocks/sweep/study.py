@@ -14,6 +14,7 @@ YAML 1.2::
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def read(path: Path) -> Study:
     missing = [key for key in _KEYS if key != "arguments" and not content.get(key)]
     if missing:
         raise wrong(f"{missing[0]} is missing")
-    config = (path.parent / str(content["config"])).absolute()
+    config = Path(os.path.abspath(path.parent / str(content["config"])))
     if not config.is_file():
         raise wrong(f"config: {config} does not exist", "config")
     load_config(config)  # what is wrong with it is said now

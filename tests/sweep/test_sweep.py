@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -57,6 +58,23 @@ def test_the_file_says_what_is_run(file):
     assert [run.name for run in runs] == ["one-seed1", "two-seed1", "one-seed2", "two-seed2"]
     common = ("--config", str(CONFIG), "--lr", "0.010", "--save-interval=null")
     assert runs[1].words == (*common, "--moe-router-type", "gru", "--seed", "1")
+
+
+def test_commands_are_the_runs_own(file, capsys):
+    """As the launcher gets them from a sweep, for a shell that splits them again."""
+    assert sweep(file, "--only", "two-*", "--commands", "--wandb-exp-name", "a b") == 0
+    lines, runs = capsys.readouterr().out.splitlines(), study.read(file).runs
+    expected = [running._command(run, [*run.words, "--wandb-exp-name", "a b"], file.parent / "runs") for run in runs]
+    assert [shlex.split(line) for line in lines] == [command[3:] for command in expected if "two" in command[-1]]
+    assert not (file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_are_here(path):
+    """Each can be read, and has the runs of its seeds in pairs."""
+    runs = study.read(path).runs
+    variants = {run.variant for run in runs}
+    assert len(runs) == len(variants) * len({run.seed for run in runs}) and len(variants) > 1
 
 
 def test_runs_what_is_missing_and_compares(file, stand_in, capsys):
