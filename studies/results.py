@@ -5,7 +5,7 @@
 writes into ``studies/NAME/``, NAME being the file's:
 
 * ``comparison.md``, ``comparison.csv``, ``runs.csv``, ``curves.svg``: as ``rmoe sweep`` left them in RUNS/comparison;
-* ``curves.csv``: the validation loss of every run: variant, seed, iteration, tokens, bpc;
+* ``curves.csv``: the validation loss of every run, in nats a token and bits a byte;
 * ``machine.json``: processor, threads, versions, the code's commit, and each run's command line;
 * ``analysis.csv``, ``analysis.txt``: recordings of ``rmoe analyze`` side by side, a row a figure and model.
 """
@@ -68,10 +68,11 @@ def write(path: Path, runs_dir: Path, recordings: Sequence[Path], out: Path, com
         shutil.copyfile(comparison / name, out / name)
     with (out / "curves.csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["variant", "seed", "iteration", "tokens", "valid_bpc"])
+        rows.writerow(["variant", "seed", "iteration", "tokens", "valid_loss", "valid_bpc"])
         for one in planned:
             for line in runs[one.name].of_kind("valid"):
-                rows.writerow([one.variant, one.seed, line["iteration"], line["trained_tokens"], f"{line['bpc']:.6f}"])
+                figures = (line["lm_loss"], line.get("bpc"))  # bytes of a text may not be known
+                rows.writerow([one.variant, one.seed, line["iteration"], line["trained_tokens"], *figures])
     commands = {name: json.loads(file.read_text())["arguments"] for name, file in records.items()}
     (out / "machine.json").write_text(json.dumps(_machine(commands, commit), indent=2) + "\n")
     written = [*COPIED, "curves.csv", "machine.json"]

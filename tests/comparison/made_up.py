@@ -20,7 +20,9 @@ def write(folder: Path, router: str, seed: int, test: float, seconds: float = 1.
         {"kind": "train", "iteration": i, "lm_loss": 5 - 0.1 * i + test, "tokens": TOKENS, "seconds": seconds}
         for i in range(1, ITERATIONS + 1)
     ]
-    lines += [{"kind": "valid", "iteration": i, "lm_loss": 4 - 0.1 * i + test} for i in (10, 20)]
+    lines += [
+        {"kind": "valid", "iteration": i, "lm_loss": 4 - 0.1 * i + test, "trained_tokens": i * TOKENS} for i in (10, 20)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = {split: {"tokens": 50, "of": 50} for split in ("valid", "test")}
     summary = {"router": router, "iterations": ITERATIONS, "test_bpc": test, "valid_bpc": test - 0.1}
