@@ -16,14 +16,13 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
         "eval",
         help="how well a model predicts a text, exactly, or answers the questions of tasks",
         description="Bits per byte and character, perplexity of tokens and words, of a whole text: every token but the "
-        "first is predicted once; or accuracies of tasks. MODEL is a Hugging Face folder, of rmoe export or of any causal language model, or a "
-        "checkpoint of a run, which Megatron evaluates in any layout: further arguments, as "
-        "--pipeline-model-parallel-size 2, go to the launcher.",
+        "first is predicted once. Or, with --tasks, accuracies of lm-evaluation-harness. MODEL is a Hugging Face "
+        "folder, of rmoe export or of any causal language model; for a text it may be a checkpoint of a run, which "
+        "Megatron evaluates in any layout: further arguments, as --pipeline-model-parallel-size 2, go to the launcher.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a Hugging Face folder, or a folder of checkpoints")
-    arguments.add_arguments(parser)
     add("--data", metavar="WHAT", type=Path, help="a text file, or a folder of rmoe data prepare")
     add("--split", choices=SPLITS, help="of such a folder (default: test)")
     add(
@@ -40,6 +39,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--device", help="as cpu or cuda:1 (default: a GPU if there is one)")
     add("--tokenizer-model", type=Path, metavar="FILE", help="the SentencePiece model that a dataset was made with")
     add_trust(add)
+    arguments.add_arguments(parser)
 
 
 def add_trust(add) -> None:

@@ -76,11 +76,11 @@ def table(model: str, found: dict[str, Any]) -> str:
             mark = " *" if metric == averaged else ""
             lines.append(f"  {label:<14}  {metric:<10}  {_number(value):>11}  {_number(error):>11}  {rows:>6,}{mark}")
             label = ""
-    count = len(ours["averaged"])
-    lines.append(
-        f"  {'mean of the *':<14}  {f'{count} task{"s" * (count > 1)}':<10}  {_number(ours['mean']):>11}  "
-        f"{_number(ours['mean_stderr']):>11}"
-    )
+    if (count := len(ours["averaged"])) > 1:
+        lines.append(
+            f"  {'mean of the *':<14}  {f'{count} tasks':<10}  {_number(ours['mean']):>11}  "
+            f"{_number(ours['mean_stderr']):>11}"
+        )
     lines.append(f"  computed in {_dtype(config)} on {config['device']}, batches of {config['batch_size']}")
     return "\n".join(part for line in [*lines, *ours["notes"]] for part in wrapped(line))
 

@@ -82,9 +82,7 @@ def find(folder: Path, task: str, shots: int) -> Local:
 def _file(folder: Path, task: str, split: str) -> Path | None:
     found = sorted({*folder.glob(f"{task}_{split}.jsonl"), *folder.glob(f"{task}_{split}_*.jsonl")})
     if len(found) > 1:
-        raise UsageError(
-            f"--data-dir {folder}: {found[0].name} and {found[1].name} are the same split: leave one there"
-        )
+        raise UsageError(f"--data-dir {folder}: {found[0].name} and {found[1].name} are of one split: leave one there")
     return found[0] if found else None
 
 

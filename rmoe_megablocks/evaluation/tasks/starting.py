@@ -1,4 +1,4 @@
-"""``rmoe eval FOLDER --tasks``, up to the import of torch and the harness: what can be told without them is told first."""
+"""``rmoe eval FOLDER --tasks``: what can be told before torch and the harness are imported is told here."""
 
 import argparse
 import importlib.metadata
@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     known.check_examples(names, shots)
     if not (args.model / "config.json").is_file():
         raise UsageError(
-            f"{args.model} is no Hugging Face folder (no config.json), which --tasks takes; of a checkpoint rmoe export "
-            "makes one"
+            f"{args.model} is no Hugging Face folder (no config.json), as --tasks takes: rmoe export makes one of a "
+            "checkpoint"
         )
     if args.megatron_arguments:
         raise UsageError("unrecognized arguments for --tasks: " + " ".join(args.megatron_arguments))
