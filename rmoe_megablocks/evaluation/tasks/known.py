@@ -39,7 +39,9 @@ def names_of(words: str) -> list[str]:
     names = [name.strip() for name in words.split(",")]
     for number, name in enumerate(names):
         if name not in TASKS:
-            raise UsageError(f"--tasks {name or words!r}{nearest(name, TASKS)}: expected some of {', '.join(TASKS)}")
+            raise UsageError(
+                f"--tasks {words}: {name!r} is unknown{nearest(name, TASKS)}; expected some of {', '.join(TASKS)}"
+            )
         if name in names[:number]:
             raise UsageError(f"--tasks {words}: {name} is named twice")
     return names

@@ -74,6 +74,24 @@ LAMBADA = [
     {"text": "\u201cWho is there?\u201d he asked.  Nobody but the old dog answered,\n\nand he patted the dog"},
     {"text": "The two of them went home"},
 ]
+#: HELLASWAG as the stock definition prepares it, by hand: brackets and double spaces go, ctx_b begins in a capital
+PREPARED = [
+    {
+        "query": "Baking. : She opens the oven. The cake",
+        "choices": ["is done.", "drives a car away.", "sings.", "paints the fence green."],
+        "gold": 0,
+    },
+    {
+        "query": "Rowing: Two men sit in a boat.",
+        "choices": ["they fly.", "they row on.", "they bake.", "they read."],
+        "gold": 1,
+    },
+    {
+        "query": "Painting: A wall is white. A man",
+        "choices": ["eats it.", "leaves.", "sleeps.", "takes a brush and a pot of paint and begins."],
+        "gold": 3,
+    },
+]
 STOCK = {"arc_easy": ARC, "hellaswag": HELLASWAG, "piqa": PIQA, "sciq": SCIQ, "lambada_openai": LAMBADA}
 SCORED = {"arc_easy": "test", "hellaswag": "validation", "piqa": "validation", "sciq": "test", "lambada_openai": "test"}
 
