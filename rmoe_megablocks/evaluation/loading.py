@@ -50,8 +50,10 @@ def config(folder: Path, trust_remote_code: bool = False) -> Any:
     return found
 
 
-def model(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The causal language model of ``folder``, in evaluation mode.
+def model(
+    folder: Path, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """The causal language model of ``folder``, in evaluation mode; of dtype "auto" as it is stored.
 
     Raises:
         UsageError: one line, for a folder of another task, weights that are missing, damaged or too many, code of its

@@ -64,10 +64,11 @@ def table(result: dict[str, Any]) -> str:
     ]
     left = max(len(words) for words, _ in rows)
     lines += [f"  {words.ljust(left)}  {value}" for words, value in rows]
-    return "\n".join(part for line in [*lines, *result["notes"]] for part in _wrapped(line))
+    return "\n".join(part for line in [*lines, *result["notes"]] for part in wrapped(line))
 
 
-def _wrapped(line: str) -> list[str]:
+def wrapped(line: str) -> list[str]:
+    """``line`` as lines of at most 80 columns."""
     return [line] if len(line) <= _WIDTH else textwrap.wrap(line, _WIDTH, subsequent_indent="    ")
 
 
@@ -77,12 +78,12 @@ def _number(value: float | None) -> str:
     return f"{value:.5f}" if value < 1e5 else f"{value:.5g}"
 
 
-def check_json(path: Path | None) -> None:
-    """Raises UsageError if the result could not be written later."""
+def check_json(path: Path | None, option: str = "--json") -> None:
+    """For the file of ``option``. Raises UsageError if the result could not be written later."""
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {path}: expected a file in a folder that exists")
+        raise UsageError(f"{option} {path}: expected a file in a folder that exists")
 
 
 def tell(result: dict[str, Any], path: Path | None) -> int:
