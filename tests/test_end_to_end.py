@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.checkpoints import flip_in_a_weight
+from tests.evaluation.tasks import sets
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = (
@@ -125,6 +127,36 @@ def test_a_finished_run_is_evaluated_not_trained_again(runs, straight):
     assert f"test {part['test_bpc_partial']:.3f} bpc (partial: the first 1,000 of 49,999 tokens)" in again
     assert "\r" not in again
     (folder / "summary.json").write_text(json.dumps(whole))
+
+
+def test_readmes_commands_after_training(runs, straight, tmp_path):
+    """As they stand there, one after another."""
+    for package in ("transformers", "lm_eval", "trl"):
+        pytest.importorskip(package)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(runs / "straight")
+    (tmp_path / "runs" / "data").symlink_to(runs / "data")
+    (tmp_path / "wiki.test.tokens").write_text(" = A = \n A @-@ b <unk> . \n")
+    row = {"instruction": "Say it.", "input": "", "output": "It."}
+    (tmp_path / "alpaca.json").write_text(json.dumps([row] * 4))
+    sets.folder(tmp_path / "tasks")
+    section = (REPOSITORY / "README.md").read_text().partition("## After training")[2].partition("\n## ")[0]
+    commands = re.findall(r"^rmoe (.*)$", section, re.MULTILINE)
+    said = {}
+    for command in commands:
+        words = [sys.executable, "-m", "rmoe_megablocks.cli", *shlex.split(command, comments=True)]
+        done = subprocess.run(words, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, command + done.stdout + done.stderr
+        said[" ".join(words[3:])] = done.stdout
+    summary = json.loads((runs / "straight" / "summary.json").read_text())
+    of_test = [out for command, out in said.items() if command.endswith("enwik8_1mb") or "parallel-size 2" in command]
+    assert len(of_test) == 2
+    for out in of_test:
+        bits = float(re.search(r"bits per byte +(\S+)", out)[1])
+        assert bits == pytest.approx(summary["test_bpc"], abs=1.1e-5)  # five digits are printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"tiny-hf", "result.json", "tiny-alpaca"}
+    (tasks,) = (out for command, out in said.items() if "--tasks" in command)
+    assert all(name in tasks for name in sets.ALL.split(",")) and "±" in tasks
 
 
 def test_the_final_evaluation_is_announced_and_ctrl_c_ends_it(runs):

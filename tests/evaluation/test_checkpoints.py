@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,11 +12,10 @@ import pytest
 from rmoe_megablocks import cli, data, yaml12
 from rmoe_megablocks.data import embedded_corpus
 from rmoe_megablocks.evaluation import checkpoints, texts
-from tests.evaluation.made import folder, refused
+from tests.evaluation.made import refused
 from tests.test_end_to_end import ENVIRONMENT, LAUNCHER, REPOSITORY, SMALL
 
 ALL_CELLS = os.environ.get("RMOE_TEST_ALL_CELLS") == "1"
-README = (REPOSITORY / "README.md").read_text().partition("## After training")[2].partition("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +121,6 @@ def test_a_checkpoint_by_its_own_name(tmp_path):
     there = a_run(tmp_path).resolve()
     assert checkpoints.locate(there / "iter_0000003") == (there, 3)
     assert checkpoints.locate(there) == (there, None)
-
-
-def test_readme(dataset, tmp_path, capsys, monkeypatch):
-    """Its commands for folders, on a small model; those for checkpoints run below."""
-    folder(tmp_path / "tiny-hf", max_position_embeddings=256)
-    (tmp_path / "runs" / "data").mkdir(parents=True)
-    (tmp_path / "runs" / "data" / "enwik8_1mb").symlink_to(dataset)
-    (tmp_path / "wiki.test.tokens").write_text(" = A = \n A @-@ b <unk> . \n")
-    monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^rmoe ((?:eval|generate) tiny-hf .*)$", README, re.MULTILINE)
-    assert len(commands) == 4
-    for command in commands:
-        assert cli.main(shlex.split(command, comments=True)) == 0
-    out = capsys.readouterr().out
-    assert "enwik8_1mb test" in out and "wiki.test.tokens" in out and "token  " in out
 
 
 LAYOUTS = {

@@ -1,6 +1,9 @@
 """``rmoe generate``: the tokens of transformers' own generate, and the choices of the model's own routers."""
 
+import hashlib
+import importlib.util
 import io
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +33,20 @@ def generate(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
+@pytest.fixture
+def generated(monkeypatch) -> list[list[int]]:
+    """The ids of each call of generate()."""
+    ids, own = [], RmoeForCausalLM.generate
+
+    def generate(self, *args, **options):
+        whole_BS = own(self, *args, **options)
+        ids.append(whole_BS[0].tolist())
+        return whole_BS
+
+    monkeypatch.setattr(RmoeForCausalLM, "generate", generate)
+    return ids
+
+
 def text(ids) -> str:
     return bytes(ids).decode(errors="replace")
 
@@ -41,10 +58,11 @@ def theirs(made: Path, prompt: bytes = PROMPT.encode(), **options) -> list[int]:
 
 
 @pytest.mark.parametrize("words", [[], ["--greedy"]])
-def test_greedy(made, capsys, words):
+def test_greedy(made, capsys, generated, words):
     expected = theirs(made, do_sample=False)
     assert len(set(expected[len(PROMPT) :])) > 3  # not one token over and over, which any mistake would give, too
     assert generate(capsys, made, PROMPT, "--max-new-tokens", NEW, *words) == text(expected) + "\n"
+    assert generated == [expected, expected]  # several bytes can look alike in a text
 
 
 @pytest.mark.parametrize(
@@ -55,11 +73,11 @@ def test_greedy(made, capsys, words):
         (["--top-p", 0.6, "--temperature", 0.7], dict(top_k=0, top_p=0.6, temperature=0.7)),
     ],
 )
-def test_sampling(made, capsys, words, options):
+def test_sampling(made, capsys, generated, words, options):
     torch.manual_seed(5)
     expected = theirs(made, do_sample=True, **options)
     found = generate(capsys, made, PROMPT, "--max-new-tokens", NEW, "--seed", 5, *words)
-    assert found == text(expected) + "\n"
+    assert found == text(expected) + "\n" and generated == [expected, expected]
     assert expected != theirs(made, do_sample=False)
 
 
@@ -142,3 +160,22 @@ def test_routing_of_another_model(tmp_path, capsys):
 def test_no_folder(tmp_path, capsys):
     assert "no such folder" in refused(capsys, "generate", tmp_path / "nowhere", "a")
     assert "has no config.json" in refused(capsys, "generate", tmp_path, "a")
+
+
+def test_a_damaged_folder(made, tmp_path, capsys):
+    damaged = shutil.copytree(made, tmp_path / "damaged")
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:-100])
+    assert f"{damaged} cannot be loaded: " in refused(capsys, "generate", damaged, "a")
+    (damaged / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  model.safetensors\n")
+    assert "model.safetensors is not as SHA256SUMS says" in refused(capsys, "generate", damaged, "a")
+
+
+@pytest.mark.parametrize("package", ["transformers", "safetensors"])
+def test_no_extra(made, capsys, monkeypatch, package):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else there(name, *rest)
+    )
+    for words in (["generate", made, "a"], ["eval", made, "--data", made / "config.json"]):
+        assert f"{package} is not installed: pip install 'rmoe-megablocks[hf]'" in refused(capsys, *words)
