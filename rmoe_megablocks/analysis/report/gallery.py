@@ -65,7 +65,8 @@ def entries() -> list[Entry]:
             "0 everywhere, white: the mark on the colour bar"),
         wide("paths", "Commonest paths", "Layers", "paths",
             "The sequences of best experts that most tokens take, expert numbers from the first layer to the last.",
-            maps.paths, "the dashed line: a uniform random router gives every path the share E to the power -L"),
+            maps.paths, "the dashed line: a uniform random router gives every path the share E to the power -L, of "
+            "real and null experts"),
         *_layers("Gates", "entropy", "inside_balance", "outside_balance", "margin", "state_norm", "update_gate",
             "reset_gate"),
         wide("load", "Loads", "Loads", "load",

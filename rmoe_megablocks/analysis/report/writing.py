@@ -153,7 +153,7 @@ def _rows(measured: Sequence[dict]) -> list[dict]:
 
 
 def number(value: float | None) -> str:
-    """Four digits, as 1,234 or .01234; a dash for none."""
+    """Four digits, as 1,234 or 0.1234, of less than a tenth three; a dash for none."""
     if value is None:
         return "–"
     if value == 0:
@@ -161,4 +161,6 @@ def number(value: float | None) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.2e}" if size < 1e-4 else f"{value:.4g}"
+    if size < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if size >= 0.1 else f"{value:.3g}"

@@ -223,7 +223,11 @@
         bars.appendChild(chance);
       }
       cell(String(layer), "layer", "n");
-      cell(chosen.join(", "), "experts (scores)", "two");
+      var experts = cell(null, "experts (scores)", "two");
+      chosen.forEach(function (one, k) {  // a line ends between them alone
+        if (k) experts.appendChild(document.createTextNode(", "));
+        experts.appendChild(make("span", one, "w"));
+      });
       columns.forEach(function (column) { cell(show(one.number(column[0], t, l)), column[1], "n"); });
       cell(null, "all scores", "all").appendChild(bars);
       body.appendChild(row);
