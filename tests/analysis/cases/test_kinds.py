@@ -62,12 +62,12 @@ def test_models_of_four_kinds_are_recorded_measured_and_shown(tmp_path, drawn, c
     assert analyze(*models, *words) == 0
     out, err = capsys.readouterr()
     assert "rmoe: alone has one layer with experts: nothing compares layers" in err
-    assert "Warning: experts differs (4, 24)" in out
+    assert "Warning: experts differs (24, 4)" in out
     samples, text, figures = shown(tmp_path / "page")
     assert figures == ["mutual_information", "load"] and [one["name"] for one in samples] == list(kinds)
     assert [(one["nulls"], one["score"], one["experts"], len(one["layers"])) for one in samples] == [
         (2, "softmax", 4, 3), (0, "sigmoid", 4, 3), (0, "softmax", 24, 3), (0, "softmax", 4, 1)]  # fmt: skip
-    assert "<b>Warning:</b> experts differs (4, 24)" in text and "4 and 2 null" in text and "gru, sigmoid" in text
+    assert "<b>Warning:</b> experts differs (24, 4)" in text and "4 and 2 null" in text and "gru, sigmoid" in text
     found = {name: json.loads((tmp_path / "out" / name / "measures.json").read_text()) for name in kinds}
     for name, one in found.items():
         between = {"transitions", "paths", "predictability"}
@@ -148,8 +148,10 @@ def test_several_checkpoints_of_two_runs(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(checkpoints, "record", record)
     drawn("saturation", "load_over_training")
     for run in ("gru", "linear"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1000")
         for step in of_step:
-            (tmp_path / run / "checkpoints" / f"iter_{step:07}").mkdir(parents=True)
+            (tmp_path / run / "checkpoints" / f"iter_{step:07}").mkdir()
     (tmp_path / "text").write_text("a text")
     words = ["--data", tmp_path / "text", "--out", tmp_path / "out", "--report", tmp_path / "page", "--steps", "all"]
     assert analyze(*(tmp_path / run / "checkpoints" for run in ("gru", "linear")), *words) == 0
@@ -184,15 +186,14 @@ def test_an_odd_page_in_a_browser(tmp_path, drawn):
     scores = routers(0.1, layers=2, tokens=256, experts=6)
     chosen = np.argsort(-scores, axis=-1, kind="stable")[..., :2].astype(np.int16)
     chosen[3] = [[-1, 2], [4, -1]]
-    columns = {
-        name: np.full((256, 2), 0.5, np.float32) for name in ("margin", "state_norm", "update_gate", "reset_gate")
-    }
+    names = ("margin", "state_norm", "update_gate", "reset_gate")
+    two, five, one = ({name: np.full((256, layers), 0.5, np.float32) for name in names} for layers in (2, 5, 1))
     made = [
-        Planted(scores * 0.75, choices_TLK=chosen, null_experts=2, name="null", **columns),
-        Planted(routers(layers=5, tokens=256, experts=40), 8, name="many", **columns),
-        Planted(routers(layers=1, tokens=256), name="unknown", token_T=np.full(256, -1, np.int32), **columns),
+        Planted(scores * 0.75, choices_TLK=chosen, null_experts=2, name="null", **two),
+        Planted(routers(layers=5, tokens=256, experts=40), 8, name="many", **five),
+        Planted(routers(layers=1, tokens=256), name="unknown", token_T=np.full(256, -1, np.int32), **one),
     ]
-    page = report.write(tmp_path / "page", made, [measuring.measure(one, FEW) for one in made], tokens=100)
+    page = report.write(tmp_path / "page", made, [measuring.measure(model, FEW) for model in made], tokens=100)
     shown = browser.Browser(tmp_path / "profile")
     try:
         for width in (1280, 390):
