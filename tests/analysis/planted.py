@@ -56,6 +56,19 @@ class Planted:
             )
 
 
+def written(place, made):
+    """The planted recording as a folder, which is returned."""
+    from rmoe_megablocks.analysis.recording.about import About
+    from rmoe_megablocks.analysis.recording.writing import Writer
+
+    with Writer(place, About(model="planted", **vars(made.about))) as writer:
+        for batch in made.batches():
+            rows = {name: array for name, array in vars(batch).items() if array is not None}
+            writer.write(**{"margin_TL": np.zeros(batch.scores_TLE.shape[:2])} | rows)
+        writer.finish(vocabulary=made.vocabulary)
+    return place
+
+
 def routers(scale=1.0, layers=4, tokens=6000, experts=16, seed=0):
     """Scores of layers that know nothing of each other: softmaxes of Gaussian logits, float16."""
     logits = scale * np.random.default_rng(seed).standard_normal((tokens, layers, experts))

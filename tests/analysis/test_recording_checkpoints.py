@@ -148,6 +148,30 @@ def test_layouts_and_export_agree(tmp_path):
             assert entry["value"] == pytest.approx(measures[figure]["value"], abs=1e-6), (name, figure)
 
 
+@pytest.mark.skipif(not ALL_CELLS, reason="trains, and records two checkpoints; RMOE_TEST_ALL_CELLS=1 runs it")
+def test_checkpoints_of_a_run_on_a_text_file(tmp_path):
+    """A run on the embedded text, recorded on a file that is prepared for it, from the first checkpoint to the page."""
+    pytest.importorskip("matplotlib", reason="pip install 'rmoe-megablocks[analyze]'")
+    text = embedded_corpus()[-1500:]
+    (tmp_path / "text").write_bytes(text)
+    command = [*LAUNCHER, *SMALL, "--train-iters", "2", "--save-interval", "1", "--eval-iters", "0"]
+    command += ["--pipeline-model-parallel-size", "1", "--runs-dir", str(tmp_path), "--run-name", "run"]
+    subprocess.run([*command, "--no-final-evaluation"], env=ENVIRONMENT, cwd=REPOSITORY, check=True)
+    words = ["--steps", "all", "--data", f"prose={tmp_path / 'text'}", "--out", tmp_path / "out", "--resamples", "20"]
+    command = [sys.executable, "-m", "rmoe_megablocks.cli", "analyze", tmp_path / "run" / "checkpoints", *words]
+    subprocess.run([*command, "--report", tmp_path / "page"], env=ENVIRONMENT, check=True)
+    recordings = [Recording.open(tmp_path / "out" / f"run-{step}") for step in (1, 2)]
+    for step, recording in enumerate(recordings, 1):
+        assert recording.about.iteration == step and recording.about.complete
+        assert whole(recording)["token_T"].tolist() == list(text[:-1])
+    first, last = (whole(recording)["choices_TLK"] for recording in recordings)
+    measures = json.loads((tmp_path / "out" / "run-2" / "measures.json").read_text())["measures"]
+    same = (first[..., :, None] == last[..., None, :]).any(2).mean((0, 2))
+    assert measures["saturation"]["value"] == [pytest.approx(same), [1] * len(same)]
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert 'id="figure-saturation"' in page and '"name": "run-2"' in page and '"name": "run-1"' not in page
+
+
 def test_a_text_is_a_dataset_of_one_split(tmp_path):
     (tmp_path / "text").write_bytes(b"a text that is no UTF-8: \xff")
     (tmp_path / "config.yaml").write_text(yaml12.write({"MODEL_ARGS": {"--num-layers": 2}}))

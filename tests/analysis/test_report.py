@@ -133,6 +133,11 @@ def test_in_a_browser(opened, page, width):
     opened.click('.panel .token[data-place="5"]')
     rows = opened.run("[...document.querySelectorAll('.details')].map(d => d.querySelectorAll('tbody tr').length)")
     assert rows == [LAYERS, LAYERS]
+    cells = "[...document.querySelectorAll('.details td')]"
+    inside = (
+        f"{cells}.every(c => c.getBoundingClientRect().right <= c.closest('.details').getBoundingClientRect().right)"
+    )
+    assert opened.run(inside), "no number is cut off at the panel's edge"
     made = planted("gru", 0, True)
     first = opened.run("document.querySelector('#piece').value")
     window = int(re.findall(r"\d+", first)[-1])

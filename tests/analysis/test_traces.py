@@ -92,6 +92,34 @@ def test_its_trace_is_read(theirs, tmp_path):
         assert np.array_equal(batch.choices_TLK[rows][:, 0], logits.argmax(-1))
 
 
+def test_a_trace_through_the_command(theirs, tmp_path, capsys):
+    """Recorded, measured and shown without tokens; written again it is a trace of choices, which is refused."""
+    pytest.importorskip("matplotlib", reason="pip install 'rmoe-megablocks[analyze]'")
+    pytest.importorskip("jinja2", reason="pip install 'rmoe-megablocks[analyze]'")
+    from rmoe_megablocks import cli
+    from rmoe_megablocks.analysis.report import gallery
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "entries", lambda: [])  # the page's text is looked at
+        words = ["--out", tmp_path / "out", "--report", tmp_path / "page", "--write-trace", tmp_path / "again.jsonl"]
+        assert cli.main(["analyze", str(theirs), *map(str, words), "--resamples", "20"]) == 0
+    assert "router_trace_rank0: 36 tokens" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "router_trace_rank0" / "measures.json").read_text())
+    counts = np.zeros((2, E))
+    for record in map(json.loads, theirs.read_text().splitlines()):
+        counts[record["layer"] - 1] += np.bincount(np.ravel(record["top_indices"]), minlength=E)
+    np.testing.assert_allclose(found["measures"]["load"]["value"], counts / 72)
+    assert {"vocabulary_specialisation", "expert_similarity", "state_norm"} <= found["left_out"].keys()
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "no token id was recorded" in page and '"name": "router_trace_rank0"' in page
+    again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in theirs.read_text().splitlines()]
+    choices = {(one["step"], one["layer"]): np.sort(one["top_indices"]).tolist() for one in whole}
+    assert {(one["step"], one["layer"]): one["top_indices"] for one in again} == choices
+    assert cli.main(["analyze", str(tmp_path / "again.jsonl"), "--out", str(tmp_path / "other")]) == 2
+    assert "again.jsonl has choices alone" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_damage_is_one_line(theirs, tmp_path):
     whole = theirs.read_text()
     first = json.loads(whole.splitlines()[0])

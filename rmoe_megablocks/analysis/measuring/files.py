@@ -13,12 +13,14 @@ from typing import Any
 from rmoe_megablocks.errors import UsageError
 
 FILE = "measures.json"
+_ENTRY = ("value", "axes", "unit", "baseline", "baseline_is", "source", "note", "coordinates")
 
 
 def write(measured: Mapping[str, Any], folder: Path) -> list[Path]:
     """Leaves measures.json and one CSV a measure in ``folder``, which is made. Returns what was written.
 
-    A row of a CSV is one number: its place on each axis, value and baseline (empty where there is none).
+    A row of a CSV is one number: its place on each axis, value and baseline (empty where there is none), and what else
+    the measure has of this place, as ``adjusted`` of the mutual information and ``sd`` of a mean.
 
     Raises:
         UsageError: a folder that cannot be written.
@@ -30,8 +32,9 @@ def write(measured: Mapping[str, Any], folder: Path) -> list[Path]:
         for name, measure in measured["measures"].items():
             lines = _Lines()
             writer = csv.writer(lines, lineterminator="\n")
-            writer.writerow([*(measure["axes"] or ["name", "place"]), "value", "baseline"])
-            writer.writerows(_rows(measure, measured["layers"]))
+            more = _more(measure)
+            writer.writerow([*(measure["axes"] or ["name", "place"]), "value", "baseline", *more])
+            writer.writerows(_rows(measure, measured["layers"], more))
             written.append(_whole(folder / f"{name}.csv", "".join(lines.parts)))
     except OSError as error:
         raise UsageError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
@@ -73,26 +76,43 @@ def _whole(path: Path, text: str) -> Path:
     return path
 
 
-def _rows(measure: Mapping[str, Any], layers: list[int]) -> Iterator[list]:
+def _more(measure: Mapping[str, Any]) -> list[str]:
+    """Names of what a measure has beside its value, of the same shape."""
+    if not measure["axes"]:
+        return []
+    return [name for name, one in measure.items() if name not in _ENTRY and _shape(one) == _shape(measure["value"])]
+
+
+def _shape(value: Any) -> list[int]:
+    """Of nested lists, which have no other lengths further on: of numbers, or None."""
+    shape = []
+    while isinstance(value, list) and value:
+        if len({len(one) if isinstance(one, list) else -1 for one in value}) > 1:
+            return [-1]
+        shape.append(len(value))
+        value = value[0]
+    return [*shape, 0] if isinstance(value, list) else shape
+
+
+def _rows(measure: Mapping[str, Any], layers: list[int], more: list[str]) -> Iterator[list]:
     if not measure["axes"]:
         for name, value in measure["value"].items():
             for place, one in enumerate(value) if isinstance(value, list) else [("", value)]:
                 shown = " ".join(map(str, one)) if isinstance(one, list) else one
                 yield [name, place, shown, (measure["baseline"] or {}).get(name)]
         return
-    shape, value = [], measure["value"]
-    for _ in measure["axes"]:
-        shape.append(len(value))
-        value = value[0] if value else []
+    shape = [*_shape(measure["value"]), *[0] * len(measure["axes"])][: len(measure["axes"])]
     names = [_names(axis, size, measure, layers) for axis, size in zip(measure["axes"], shape, strict=True)]
     for place in itertools.product(*map(range, shape)):
-        value, baseline = measure["value"], measure["baseline"]
-        for step in place:
-            value = value[step]
-        if isinstance(baseline, list):
-            for step in place:
-                baseline = baseline[step]
-        yield [*(row[step] for row, step in zip(names, place, strict=True)), value, baseline]
+        found = [_at(measure[name], place) for name in ("value", "baseline", *more)]
+        yield [*(row[step] for row, step in zip(names, place, strict=True)), *found]
+
+
+def _at(value: Any, place: tuple[int, ...]) -> Any:
+    """One number of nested lists, or the number that stands for all."""
+    for step in place if isinstance(value, list) else ():
+        value = value[step]
+    return value
 
 
 def _names(axis: str, size: int, measure: Mapping[str, Any], layers: list[int]) -> list:

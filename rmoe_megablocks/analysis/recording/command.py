@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmoe_megablocks.analysis.recording.about import need
 from rmoe_megablocks.analysis.recording.reading import Recording, is_recording
-from rmoe_megablocks.analysis.recording.texts import Named, named
+from rmoe_megablocks.analysis.recording.texts import Named, check_same_tokenizer, named
 from rmoe_megablocks.analysis.report import arguments as report
 from rmoe_megablocks.errors import UsageError
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"rmoe: {target} is partial: interrupted; nothing was measured", file=sys.stderr)
                 return 130
         recordings.append(Recording.open(target))
+        if not args.no_measures:
+            check_same_tokenizer(recordings[0], recordings[-1])
     if args.write_trace:
         from rmoe_megablocks.analysis.recording.recorders import traces
 
@@ -126,10 +129,16 @@ def _check(args: argparse.Namespace, models: list[Model], to_record: list[Model]
         raise UsageError("--steps is for folders of checkpoints")
     if args.megatron_arguments and _CHECKPOINT not in kinds:
         raise UsageError("unrecognized arguments for what is no checkpoint: " + " ".join(args.megatron_arguments))
+    if (args.compare or args.baseline) and len(models) < 2:
+        raise UsageError("--compare needs two models or more" if args.compare else "--baseline is for several models")
+    if (args.compare or args.baseline) and args.no_measures:
+        raise UsageError("--compare puts measures side by side: leave --no-measures out")
     if args.write_trace and len(models) > 1:
         raise UsageError("--write-trace writes one model's trace: name one")
     if args.split and any(one.path.is_file() for one in data):
         raise UsageError(f"--split {args.split}: --data names a file, all of which is read")
+    if len(models) > 1 and not args.no_measures:
+        need("pandas", "scipy", "tabulate")
     from rmoe_megablocks.analysis.recording.writing import new_folder
 
     for model in to_record:
@@ -143,10 +152,10 @@ def _record(args: argparse.Namespace, model: Model, target: Path, data: list[Nam
         traces.read(model.path, model.name, target, args.tokens)
         return True
     if model.kind == _FOLDER:
-        from rmoe_megablocks.evaluation.cli import need
+        from rmoe_megablocks.evaluation.cli import need as need_of_folders
 
-        need("transformers")
-        need("safetensors")
+        need_of_folders("transformers")
+        need_of_folders("safetensors")
         from rmoe_megablocks.analysis.recording.recorders import folders
 
         return folders.record(args, model.path, model.name, target, data)
@@ -175,8 +184,13 @@ def _measure(args: argparse.Namespace, models: list[Model], recordings: list[Rec
         folder = recording.folder if args.out is None else args.out / recording.about.name
         measuring.write(found, folder)
         print(f"{recording.about.name}: {recording.about.tokens:,} tokens, {folder / 'measures.json'}")
-    if len(measured) > 1 or args.compare:
-        print(measuring.compare(measured, baseline=args.baseline).text())
+    if len(measured) > 1:
+        try:
+            print(measuring.compare(measured, baseline=args.baseline).text())
+        except UsageError as error:
+            if args.compare or args.baseline:
+                raise
+            print(f"rmoe: not compared: {error}", file=sys.stderr)
     if args.report:
         from rmoe_megablocks.analysis.report import write
 
@@ -190,4 +204,4 @@ def _measure(args: argparse.Namespace, models: list[Model], recordings: list[Rec
             )
         ]
         chosen = [recordings[i] for i in shown], [measured[i] for i in shown]
-        print(f"report: {write(args.report, *chosen, tokens=args.report_tokens)}")
+        print(f"report: {write(args.report, *chosen, tokens=args.report_tokens, baseline=args.baseline)}")

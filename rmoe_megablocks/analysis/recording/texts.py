@@ -61,6 +61,22 @@ def vocabulary(ids: Iterable[int], tokenizer: Any | None) -> dict[int, str]:
     return {number: _byte(number) for number in ids}
 
 
+def check_same_tokenizer(first: Any, other: Any) -> None:
+    """Raises UsageError for two recordings whose ids stand for different texts: tokens of one are none of the other.
+
+    Of the ids that both have, half at least have one text; how special ones are spelled depends on who recorded them.
+    """
+    shared = sorted(first.vocabulary.keys() & other.vocabulary.keys())
+    unlike = [number for number in shared if first.vocabulary[number] != other.vocabulary[number]]
+    if 2 * len(unlike) > len(shared):
+        number = unlike[0]
+        raise UsageError(
+            f"{first.about.name} and {other.about.name} have different tokenizers (id {number} is "
+            f"{first.vocabulary[number]!r} and {other.vocabulary[number]!r}), so that figures are of other tokens: "
+            "analyze them one by one"
+        )
+
+
 def _byte(number: int) -> str:
     """A byte as the character that it is in ASCII, else by its number."""
     if 32 <= number < 127 or number in (9, 10):

@@ -109,6 +109,8 @@ def by_layer(name: str, measured: Sequence[dict]) -> Any:
     ax = style.axes(made)
     _draw(ax, lines)
     ax.set_ylabel((WITHIN_TITLES if name in WITHIN else BY_LAYER)[name][1], fontsize=10)
+    if name == "dead_experts":  # whole numbers, mostly 0
+        ax.set_ylim(-0.05, max(1.0, ax.get_ylim()[1]))
     style.legend(made, ax)
     return made
 
@@ -192,7 +194,7 @@ def coverage(measured: Sequence[dict]) -> Any:
         ax.set_ylim(0, 1.03)
         if place == 1:
             ax.set_ylabel("share of all choices", fontsize=10)
-    style.legend(made, ax)
+    style.legends(made)
     return made
 
 
@@ -213,12 +215,12 @@ def over_training(name: str, measured: Sequence[dict]) -> Any:
             ax.axhline(0, label="all loads equal", **style.CHANCE)
         elif measure["baseline"] is not None:
             chance = np.broadcast_to(array(measure["baseline"]), lines.T.shape).mean(1)
-            ax.plot(steps, chance, label="chance", **style.CHANCE)
+            ax.plot(steps, chance, label="chance, mean of layers", **style.CHANCE)
         ax.set_title(label, fontsize=10)
         ax.set_xlabel("iteration", fontsize=10)
         if place == 1:
-            ax.set_ylabel("MaxVio" if load else "same choices as the last (share)", fontsize=10)
-    style.legend(made, ax)
+            ax.set_ylabel("MaxVio (share of mean load)" if load else "same choices as the last (share)", fontsize=10)
+    style.legends(made)
     return made
 
 

@@ -20,7 +20,7 @@ class Entry:
         build: makes a Figure of measures of 1-4 models, or None where there is nothing to show.
         measure: that it shows.
         read: how to read it.
-        chance: what chance would give, where the measure's own words do not say it.
+        chance: what chance would give, where the measure's own words do not say it; or what says it of the measures.
         wide: takes the whole width of the page.
     """
 
@@ -30,7 +30,7 @@ class Entry:
     measure: str
     read: str
     build: Callable[[Sequence[dict]], Any]
-    chance: str | None = None
+    chance: str | Callable[[Sequence[dict]], str] | None = None
     wide: bool = False
 
 
@@ -40,8 +40,8 @@ def _layers(section: str, *names: str) -> list[Entry]:
         if name in curves.WITHIN:
             measure, (title, _, read) = curves.WITHIN[name][0], curves.WITHIN_TITLES[name]
             chance = {
-                "domain_information": "domains shuffled among the windows",
-                "transition_information": "layers that choose on their own, counted in as many tokens",
+                "domain_information": "the dashed line: domains shuffled among the windows",
+                "transition_information": "the dashed line: layers that choose on their own, counted in as many tokens",
             }[name]
         else:
             measure, (title, _, read) = name, curves.BY_LAYER[name]
@@ -55,9 +55,9 @@ def entries() -> list[Entry]:
     wide = partial(Entry, wide=True)
     return [
         wide("mutual_information", "Mutual information of layers", "Layers", "mutual_information",
-            "What one layer's scores tell of another's, of each pair of layers, as a share of the most there "
-            "can be; the diagonal is a layer with itself.", maps.information,
-            "0, the dark end of the colours: what shuffled tokens have was taken off; 1 is a copy"),
+            "What one layer's scores tell of another's, of each pair of layers: as measured, with tokens shuffled, and "
+            "with chance taken off, as a share of the most that there can be. The diagonal is a layer with itself.",
+            maps.information, _information),
         *_layers("Layers", "transition_information", "predictability"),
         wide("transitions", "From layer to layer", "Layers", "transitions",
             "Row i: where tokens of expert i go in the next layer, less what the next layer's loads alone give. Orange "
@@ -65,7 +65,8 @@ def entries() -> list[Entry]:
             "0 everywhere, white: the mark on the colour bar"),
         wide("paths", "Commonest paths", "Layers", "paths",
             "The sequences of best experts that most tokens take, expert numbers from the first layer to the last.",
-            maps.paths, "the dashed line: a uniform random router gives every path the share E to the power -L"),
+            maps.paths, "the dashed line: a uniform random router gives every path the share E to the power -L, of "
+            "real and null experts"),
         *_layers("Gates", "entropy", "inside_balance", "outside_balance", "margin", "state_norm", "update_gate",
             "reset_gate"),
         wide("load", "Loads", "Loads", "load",
@@ -98,16 +99,43 @@ def entries() -> list[Entry]:
     ]  # fmt: skip
 
 
+def _information(measured: Sequence[dict]) -> str:
+    """What chance gives, in numbers."""
+    told = []
+    for label, one in zip(curves.labels(measured), measured, strict=True):
+        value, share = (one["figures"].get(f"mutual_information{name}") for name in ("", "_adjusted"))
+        if value and share:
+            numbers = [f"{n:.3f}" if n is not None else "no number" for n in (value["value"], value["chance"])]
+            adjusted = "none is left" if share["value"] is None else f"{share['value']:.3f}"
+            told.append(f"{label} {numbers[0]} nats, {numbers[1]} by chance, {adjusted} adjusted")
+    return (
+        "the panel in the middle: gates of this flatness have that much and share nothing. Adjusted it is 0, and 1 "
+        f"of a copy. Means over pairs of different layers: {'; '.join(told)}"
+    )
+
+
 def caption(entry: Entry, measured: Sequence[dict]) -> dict[str, str]:
     """``read``, ``chance``, ``source`` and ``note`` of a figure that some model has."""
-    measure = next(one["measures"][entry.measure] for one in measured if entry.measure in one["measures"])
-    chance = entry.chance
+    having = [
+        (label, one["measures"][entry.measure])
+        for label, one in zip(curves.labels(measured), measured, strict=True)
+        if entry.measure in one["measures"]
+    ]
+    chance = entry.chance(measured) if callable(entry.chance) else entry.chance
     if chance is None:
-        known = measure["baseline"] is not None
-        chance = f"the dashed line ({measure['baseline_is']})" if known else "no closed form; compare models and layers"
+        known = _told(having, "baseline_is")
+        chance = f"the dashed line ({known})" if known else "no closed form; compare models and layers"
     return {
         "read": entry.read,
         "chance": chance,
-        "source": measure.get("source") or "",
-        "note": measure.get("note") or "",
+        "source": having[0][1].get("source") or "",
+        "note": _told(having, "note"),
     }
+
+
+def _told(having: Sequence[tuple[str, dict]], key: str) -> str:
+    """What all measures say, or each model's where they say different things."""
+    said = {label: measure.get(key) or "" for label, measure in having}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return " ".join(f"{label}: {words}" for label, words in said.items() if words)

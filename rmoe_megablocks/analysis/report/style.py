@@ -42,3 +42,13 @@ def legend(made: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
     columns = 2 if max((len(one) for one in labels), default=0) > 16 else 3
     made.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+
+
+def legends(made: Any) -> None:
+    """One for all plots of a figure where all show the same; else each has its own."""
+    said = [ax.get_legend_handles_labels()[1] for ax in made.axes]
+    if all(one == said[0] for one in said):
+        legend(made, made.axes[0])
+        return
+    for ax in made.axes:
+        ax.legend(frameon=False, fontsize=8)

@@ -23,7 +23,9 @@ DOTS = (110, 80, 60, 45)
 PARTS = Path(__file__).parent / "page"
 
 
-def write(folder: Path, recordings: Sequence[Any], measured: Sequence[dict], tokens: int = TOKENS) -> Path:
+def write(
+    folder: Path, recordings: Sequence[Any], measured: Sequence[dict], tokens: int = TOKENS, baseline: str | None = None
+) -> Path:
     """``folder/index.html``, ``folder/figures/NAME.png|svg`` and ``folder/measures/MODEL/`` (JSON and CSV).
 
     The page holds everything it needs: no network, no other file. Its size is bounded: the sample of tokens shrinks
@@ -33,6 +35,7 @@ def write(folder: Path, recordings: Sequence[Any], measured: Sequence[dict], tok
         recordings: 1-4, of the models side by side.
         measured: what ``measuring.measure`` gave of each.
         tokens: in the view of the tokens, a model; fewer where they do not fit.
+        baseline: as of ``measuring.compare``; where the models shown have no such group, the usual one.
 
     Returns:
         The page.
@@ -59,10 +62,10 @@ def write(folder: Path, recordings: Sequence[Any], measured: Sequence[dict], tok
     pictures = _pictures([made for _, made in drawn])
     figures = [
         {"name": entry.name, "title": entry.title, "section": entry.section, "wide": entry.wide, "png": picture,
-         **gallery.caption(entry, measured)}
-        for (entry, _), picture in zip(drawn, pictures, strict=True)
+         "inches": round(float(made.get_figwidth()), 2), **gallery.caption(entry, measured)}
+        for (entry, made), picture in zip(drawn, pictures, strict=True)
     ]  # fmt: skip
-    page = _render(names, recordings, measured, figures, samples)
+    page = _render(names, recordings, measured, figures, samples, _compared(measured, baseline))
     try:
         _files(folder, drawn, names, measured)
         beside = folder / "index.html.part"
@@ -99,7 +102,19 @@ def _files(folder: Path, drawn: Sequence[tuple], names: Sequence[str], measured:
         measuring.write(one, target)
 
 
-def _render(names, recordings, measured, figures, samples) -> str:
+def _compared(measured: Sequence[dict], baseline: str | None) -> Any:
+    """The comparison; why there is none of several models, or None."""
+    if len(measured) < 2:
+        return None
+    from rmoe_megablocks.analysis.measuring.comparing.groups import grouped
+
+    try:
+        return measuring.compare(measured, baseline if baseline in grouped(measured) else None)
+    except UsageError as error:
+        return str(error)
+
+
+def _render(names, recordings, measured, figures, samples, compared) -> str:
     import jinja2
     import markupsafe
 
@@ -108,13 +123,12 @@ def _render(names, recordings, measured, figures, samples) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = number
-    compared = measuring.compare(measured) if len(measured) > 1 else None
     return environment.get_template("page.html").render(
         names=names,
         models=[one["recording"] for one in measured],
         measured=measured,
         rows=_rows(measured),
-        compared=compared.text() if compared else "",
+        compared=compared,
         figures=figures,
         sections=list(dict.fromkeys(figure["section"] for figure in figures)),
         left_out=[one.get("left_out") or {} for one in measured],
@@ -139,7 +153,7 @@ def _rows(measured: Sequence[dict]) -> list[dict]:
 
 
 def number(value: float | None) -> str:
-    """Four digits, as 1,234 or .01234; a dash for none."""
+    """Four digits, as 1,234 or 0.1234, of less than a tenth three; a dash for none."""
     if value is None:
         return "–"
     if value == 0:
@@ -147,4 +161,6 @@ def number(value: float | None) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.2e}" if size < 1e-4 else f"{value:.4g}"
+    if size < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if size >= 0.1 else f"{value:.3g}"

@@ -50,8 +50,13 @@ class Comparison(NamedTuple):
     note: str
 
     def text(self) -> str:
-        """80 columns wide."""
-        return text(self)
+        """80 columns wide: :meth:`table`, warnings, and how to read it."""
+        told = [_folded(self.note), *(_folded(f"Warning: {one}.") for one in self.warnings)]
+        return "\n\n".join([self.table(), *told]) + "\n"
+
+    def table(self) -> str:
+        """Groups and figures."""
+        return _table(self)
 
 
 def compare(measured: Sequence[Mapping[str, Any]], baseline: str | None = None) -> Comparison:
@@ -155,8 +160,7 @@ def _over_windows(
     return float(2 * difference - high), float(2 * difference - low)
 
 
-def text(found: Comparison) -> str:
-    """The table, 80 columns wide, its legend, warnings and note."""
+def _table(found: Comparison) -> str:
     from tabulate import tabulate
 
     letters = dict(zip(found.labels, string.ascii_uppercase, strict=False))
@@ -176,8 +180,7 @@ def text(found: Comparison) -> str:
         before = row["title"]
     head = ["mean over layers", "", "value", "chance", f"less {letters[found.labels[0]]} [95 %]"]
     table = tabulate(rows, head, tablefmt="simple", disable_numparse=True)
-    parts = ["\n".join(lines), table, _folded(found.note), *(_folded(f"Warning: {one}.") for one in found.warnings)]
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n\n" + table
 
 
 def _difference(row: Mapping) -> str:

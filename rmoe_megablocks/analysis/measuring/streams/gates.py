@@ -31,6 +31,7 @@ class Gates:
         self._inside = Medians(blocks, layers, (0, 26))
         self._outside = Medians(blocks, layers, (-24, 8))
         self._tokens = 0
+        self._chosen_L = np.zeros(layers, np.int64)
         self._sums: dict[str, np.ndarray] = {}
         self._blocks = blocks
 
@@ -40,6 +41,7 @@ class Gates:
         # a score that float16 has no room for counts as the least it can hold: a ratio is then too small, not infinite
         self._inside.add(gates.inside_balance(np.maximum(scores, _LEAST)), piece.block)
         chosen = piece.choices_TLK
+        self._chosen_L += (chosen >= 0).sum((0, 2))
         own = np.take_along_axis(scores, np.maximum(chosen, 0), axis=2)
         self._outside.add(np.where(chosen >= 0, own, 0).sum(-1), piece.block)
         for name, values in {"entropy": gates.entropy(scores), **piece.columns}.items():
@@ -65,12 +67,14 @@ class Gates:
         flat = f"{CLOSED}: flat gates"
         median = "median over tokens, to .4 % or better."
         inside = self._inside.median(ones)[0]
+        chosen_L = self._chosen_L / self._tokens
+        fewer = "" if (chosen_L == about.topk).all() else ", of as many real experts as a token chose on average"
         cut = " Float16 holds no score below 2^-24: a value of 2^24 x the best is a lower bound."
         found = {
             "inside_balance": entry(inside, ["layer"], "ratio", baseline=1.0, baseline_is=flat, source=PAPER,
                 note="best score over the second, " + median + (cut if (inside > 2**20).any() else "")),
-            "outside_balance": entry(self._outside.median(ones)[0], ["layer"], "share", baseline=about.topk / number,
-                baseline_is=flat, source=PAPER, note="sum of the selected scores, " + median + over),
+            "outside_balance": entry(self._outside.median(ones)[0], ["layer"], "share", baseline=chosen_L / number,
+                baseline_is=flat + fewer, source=PAPER, note="sum of the selected scores, " + median + over),
         }  # fmt: skip
         for name, (unit, note) in _MEANS.items():
             if name not in self._sums:

@@ -22,6 +22,7 @@ from rmoe_megablocks.analysis.recording.recorders.weights import ROUTER_ROWS, ga
 from rmoe_megablocks.analysis.recording.texts import Named, data_entry, vocabulary
 from rmoe_megablocks.analysis.recording.writing import Writer, new_folder
 from rmoe_megablocks.command_line import groups_of
+from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import checkpoints, texts
 from rmoe_megablocks.process import progress_stream, quiet_warnings
@@ -103,17 +104,34 @@ def _tokenizer_of(given: dict[str, Any]) -> str | None:
 
 def _prepared(one: Named, split: str | None, settings: Path, scratch: Path) -> tuple[Named, Path, str]:
     """A dataset of the text, and its split: made here of a text file where the run's tokenizer is that of bytes."""
+    given = yaml12.read(settings).content["MODEL_ARGS"]
+    kind = _tokenizer_of(given)
     if texts.is_dataset(one.path):
+        _check_tokenizer(one, given, kind)
         return one, one.path, split or "test"
-    kind = _tokenizer_of(yaml12.read(settings).content["MODEL_ARGS"])
     if kind != "bytes":
         raise UsageError(
             f"--data {one.path}: a checkpoint is recorded on a folder of rmoe data prepare, as its run's tokenizer "
             f"({kind or 'unknown'}) is not that of bytes"
         )
     place = scratch / f"text-{one.label}"
+    megatron_cpu.install(announce=False)  # before the first import of Megatron, which preparing is
     datasets.prepare([one.path], place, split="100%,0,0", input_format="bytes")
     return one, place, "train"
+
+
+def _check_tokenizer(one: Named, given: dict[str, Any], kind: str | None) -> None:
+    """Raises UsageError for a dataset of other ids than the run's, as far as the run's are known."""
+    theirs = datasets.DatasetMetadata.load(one.path)
+    ours = Path(given.get("--dataset") or "")
+    same_model = True
+    if kind not in (None, "bytes"):
+        same_model = datasets.DatasetMetadata.load(ours).tokenizer_sha256 == theirs.tokenizer_sha256
+    if kind not in (None, theirs.tokenizer) or not same_model:
+        raise UsageError(
+            f"--data {one.path}: was prepared with the tokenizer {theirs.tokenizer_model or theirs.tokenizer}, the run "
+            f"has been trained on {kind}{'' if same_model else ' of another model'}: prepare the text with the run's"
+        )
 
 
 def _run(one: Named, dataset: Path, split: str, words: list[str], place: Path) -> Pass:

@@ -22,6 +22,10 @@
     if (className) node.className = className;
     return node;
   }
+  function role(node, name) {  // said, as a table that is laid out as cards is none any more to some readers
+    node.setAttribute("role", name);
+    return node;
+  }
   function show(value, digits) {
     return value === null || Number.isNaN(value) ? "–" : value.toFixed(digits === undefined ? 3 : digits);
   }
@@ -50,7 +54,7 @@
   });
 
   function textOf(one, id) {
-    if (id < 0) return "(none)";
+    if (id < 0) return "▢";
     var text = one.texts[String(id)];
     return text === undefined ? "⟨" + id + "⟩" : text;
   }
@@ -169,57 +173,70 @@
     var box = this.details, path = [];
     box.textContent = "";
     box.appendChild(make("h4", "Token " + place + ": " + visible(textOf(one, one.token[t]))));
-    var said = "id " + one.token[t] + ", next " + visible(textOf(one, one.next[t]));
+    var said = one.token[t] < 0 ? "Which token it is was not recorded." : "id " + one.token[t] + ", next " + visible(textOf(one, one.next[t]));
     if (one.predicted[t] >= 0) said += ", predicted " + visible(textOf(one, one.predicted[t]));
     box.appendChild(make("p", said));
     one.layers.forEach(function (_, l) { path.push(expertName(one.choice(t, l, 0))); });
     box.appendChild(make("p", "Path of best experts: " + path.join(" – "), "path"));
-    var scroll = make("div", null, "scroll"), table = make("table"), head = make("tr");
-    scroll.tabIndex = 0;
-    scroll.setAttribute("role", "region");
-    scroll.setAttribute("aria-label", "The token through the layers of " + one.name);
     var columns = [["margin", "margin, logits"], ["state_norm", "state length"], ["update_gate", "update gate"],
       ["reset_gate", "reset gate"]].filter(function (column) { return one.has(column[0]); });
+    var table = role(make("table", null, "cards"), "table"), head = role(make("tr"), "row");
+    table.setAttribute("aria-label", "The token through the layers of " + one.name);
     ["layer", "experts (scores)"].concat(columns.map(function (column) { return column[1]; }), ["all scores"])
       .forEach(function (name, i) {
-        var cell = make("th", name, i === 0 || (i > 1 && i < columns.length + 2) ? "h" : "");
+        var cell = role(make("th", name, i === 0 || (i > 1 && i < columns.length + 2) ? "h" : ""), "columnheader");
         cell.scope = "col";
         head.appendChild(cell);
       });
-    table.appendChild(make("thead")).appendChild(head);
-    var body = table.appendChild(make("tbody"));
+    role(table.appendChild(make("thead")), "rowgroup").appendChild(head);
+    var body = role(table.appendChild(make("tbody")), "rowgroup");
+    var most = 0, full = 1, flat = 1 / (one.experts + one.nulls), e, l;
+    for (l = 0; l < one.layers.length; l++)
+      for (e = 0; e < one.experts; e++) most = Math.max(most, one.score_of(t, l, e));
+    while (full / 2 >= most && full > 1 / 1024) full /= 2;
     one.layers.forEach(function (layer, l) {
-      var row = make("tr"), chosen = [], bars = make("span", null, "bars"), most = 0, e;
+      var row = role(make("tr"), "row"), chosen = [], bars = make("span", null, "bars"), best = 0;
+      function cell(text, name, className) {
+        var made = role(make("td", text, className), "cell");
+        made.dataset.name = name;
+        row.appendChild(made);
+        return made;
+      }
       for (var k = 0; k < one.topk; k++) {
         e = one.choice(t, l, k);
         chosen.push(e < 0 ? "null" : e + " (" + show(one.score_of(t, l, e)) + ")");
       }
-      for (e = 0; e < one.experts; e++) most = Math.max(most, one.score_of(t, l, e));
       for (e = 0; e < one.experts; e++) {
         var bar = make("span", null, "bar"), score = one.score_of(t, l, e);
-        bar.style.height = Math.max(1, 40 * score) + "px";
+        best = Math.max(best, score);
+        bar.style.height = Math.max(1, 40 * score / full) + "px";
         bar.title = "expert " + e + ": " + show(score, 4);
         bar.style.background = COLOURS[e % COLOURS.length];
         bars.appendChild(bar);
       }
       bars.setAttribute("role", "img");
-      bars.setAttribute("aria-label", "scores of experts 0 to " + (one.experts - 1) + ", greatest " + show(most));
-      if (one.score === "softmax") {
+      bars.setAttribute("aria-label", "scores of experts 0 to " + (one.experts - 1) + ", greatest " + show(best));
+      if (one.score === "softmax" && flat <= full) {
         var chance = make("i");
-        chance.style.bottom = 40 / one.experts + "px";
-        chance.title = "flat scores: 1/" + one.experts;
+        chance.style.bottom = 40 * flat / full + "px";
+        chance.title = "flat scores: " + show(flat, 4);
         bars.appendChild(chance);
       }
-      row.appendChild(make("td", String(layer), "n"));
-      row.appendChild(make("td", chosen.join(", "), "w"));
-      columns.forEach(function (column) { row.appendChild(make("td", show(one.number(column[0], t, l)), "n")); });
-      row.appendChild(make("td")).appendChild(bars);
+      cell(String(layer), "layer", "n");
+      var experts = cell(null, "experts (scores)", "two");
+      chosen.forEach(function (one, k) {  // a line ends between them alone
+        if (k) experts.appendChild(document.createTextNode(", "));
+        experts.appendChild(make("span", one, "w"));
+      });
+      columns.forEach(function (column) { cell(show(one.number(column[0], t, l)), column[1], "n"); });
+      cell(null, "all scores", "all").appendChild(bars);
       body.appendChild(row);
     });
-    scroll.appendChild(table);
-    box.appendChild(scroll);
-    box.appendChild(make("p", "Bars: scores of experts 0 to " + (one.experts - 1) + ", full height is 1" +
-      (one.score === "softmax" ? "; dashed: flat scores, 1/" + one.experts + "." : "."), "c"));
+    box.appendChild(table);
+    var told = "Bars: scores of experts 0 to " + (one.experts - 1) + "; the full height is " + full;
+    if (one.score === "softmax" && flat <= full)
+      told += "; dashed: flat scores, 1/" + (one.nulls ? "(" + one.experts + " + " + one.nulls + " null)" : one.experts);
+    box.appendChild(make("p", told + ".", "c"));
   };
 
   var panels = samples.map(function (one, number) { return new Panel(one, number); });
@@ -255,5 +272,17 @@
   }
   picker.addEventListener("change", open);
   open();
+  // boxes with more than the screen shows say so
+  document.querySelectorAll(".box").forEach(function (box) {
+    var scroll = box.querySelector(".scroll"), hint = box.querySelector(".hint");
+    function look() {
+      hint.hidden = scroll.scrollWidth <= scroll.clientWidth + 1;
+      box.classList.toggle("more", scroll.scrollWidth - scroll.clientWidth - scroll.scrollLeft > 1);
+      scroll.tabIndex = hint.hidden ? -1 : 0;
+    }
+    scroll.addEventListener("scroll", look);
+    new ResizeObserver(look).observe(scroll);  // a width of its own too, when what folds it is opened
+    look();
+  });
   document.documentElement.dataset.ready = "true";
 })();
