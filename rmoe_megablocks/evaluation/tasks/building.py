@@ -5,12 +5,13 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+import pyarrow
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation.tasks.known import TASKS
-from rmoe_megablocks.evaluation.tasks.rows import Local
+from rmoe_megablocks.evaluation.tasks.rows import Local, Row
 
 
 def manager() -> TaskManager:
@@ -36,10 +37,10 @@ def of_rows(knowing: TaskManager, local: Local) -> Task:
     Rows of HellaSwag that its definition has prepared already (query, choices, gold) are not prepared again.
     """
     known = TASKS[local.task]
-    splits = {local.split: datasets.Dataset.from_list(list(local.rows))}
+    splits = {local.split: _dataset(local.path, local.rows)}
     files = {local.split: str(local.path)}
     if local.examples:
-        splits[known.examples] = datasets.Dataset.from_list(list(local.examples))
+        splits[known.examples] = _dataset(local.examples_path, local.examples)
         files[known.examples] = str(local.examples_path)
     override: dict[str, Any] = {
         "task": local.task,
@@ -52,9 +53,17 @@ def of_rows(knowing: TaskManager, local: Local) -> Task:
         "validation_split": "validation" if local.split == "validation" else None,
         "test_split": "test" if local.split == "test" else None,
     }
-    if "gold" in local.rows[0]:
+    if local.prepared:
         override |= {"process_docs": None, "doc_to_target": "gold"}
     # a group is how the harness takes overrides of a definition
     task = knowing.load({"group": "local", "task": [override]})["tasks"][local.task]
     task.set_config("custom_dataset", None)  # the result would have this function's text
     return task
+
+
+def _dataset(path: Path, rows: tuple[Row, ...]) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_list(list(rows))
+    except pyarrow.ArrowException as error:  # of what is checked the types are right
+        said = str(error).splitlines()[0][:200]
+        raise UsageError(f"{path}: a field that the task does not read is of different types ({said})") from error

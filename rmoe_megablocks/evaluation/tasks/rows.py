@@ -21,7 +21,7 @@ class Local:
 
     Attributes:
         split: the one that is scored, of ``path``.
-        rows: of it, reduced to the fields that the task's definition reads.
+        rows: of it, as the file has them; the fields that the task's definition reads are checked.
         examples: of the split that examples are drawn from, of ``examples_path``; empty where none are asked for.
     """
 
@@ -31,6 +31,11 @@ class Local:
     rows: tuple[Row, ...]
     examples_path: Path | None = None
     examples: tuple[Row, ...] = ()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether they are HellaSwag's as its definition prepares them, with query, choices and gold."""
+        return _is_prepared(self.task, self.rows[0])
 
     @property
     def note(self) -> str | None:
@@ -72,11 +77,14 @@ def find(folder: Path, task: str, shots: int) -> Local:
     examples = _read(examples_path, task)
     if len(examples) < shots:
         raise UsageError(f"--num-fewshot {shots}: {examples_path} has {len(examples)} rows")
-    if examples[0].keys() != rows[0].keys():
-        raise UsageError(
-            f"{examples_path} and {path} have other fields: {', '.join(examples[0])}; {', '.join(rows[0])}"
-        )
-    return Local(task, split, path, rows, examples_path, examples)
+    found = Local(task, split, path, rows, examples_path, examples)
+    if found.prepared != _is_prepared(task, examples[0]):
+        raise UsageError(f"{examples_path} and {path}: one is prepared (query, choices, gold), the other is not")
+    return found
+
+
+def _is_prepared(task: str, row: Row) -> bool:
+    return task == "hellaswag" and "endings" not in row
 
 
 def _file(folder: Path, task: str, split: str) -> Path | None:
@@ -89,11 +97,12 @@ def _file(folder: Path, task: str, split: str) -> Path | None:
 def _read(path: Path, task: str) -> tuple[Row, ...]:
     check = _CHECKS[task]
     rows: list[Row] = []
+    read: list[Row] = []  # of the rows, what the definition reads
     for where, value in _objects(path):
-        row = check(where, value)
-        if rows and row.keys() != rows[0].keys():
-            raise UsageError(f"{where} has the fields {', '.join(row)}, the first row has {', '.join(rows[0])}")
-        rows.append(row)
+        read.append(check(where, value))
+        if read[-1].keys() != read[0].keys():
+            raise UsageError(f"{where} has the fields {', '.join(read[-1])}, the first row has {', '.join(read[0])}")
+        rows.append(value | read[-1])
     if not rows:
         raise UsageError(f"{path} is empty")
     return tuple(rows)
@@ -134,7 +143,7 @@ def _arc(where: str, row: Row) -> Row:
 
 def _hellaswag(where: str, row: Row) -> Row:
     """As the stock set has it, or as its definition's own ``process_docs`` leaves it (query, choices, gold)."""
-    if "endings" not in row:
+    if _is_prepared("hellaswag", row):
         choices = _texts(where, row, "choices")
         return {
             "query": _text(where, row, "query"),

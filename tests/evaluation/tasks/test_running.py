@@ -295,6 +295,9 @@ def test_what_is_found_late(made, local, tmp_path, capsys, monkeypatch):
     long = sets.folder(tmp_path / "long", piqa_validation=[PIQA[0] | {"sol1": "x" * LONGEST}, PIQA[1]])
     said = refused_late(capsys, "eval", made, "--tasks", "piqa", "--data-dir", long)
     assert "piqa: an answer takes 65 tokens, the model has 64 positions" in said
+    mixed = sets.folder(tmp_path / "mixed", piqa_validation=[PIQA[0] | {"id": 1}, PIQA[1] | {"id": "b"}])
+    said = refused_late(capsys, "eval", made, "--tasks", "piqa", "--data-dir", mixed)
+    assert "piqa_validation.jsonl: a field that the task does not read is of different types" in said
 
     def interrupted(**_):
         raise KeyboardInterrupt
