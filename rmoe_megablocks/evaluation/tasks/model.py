@@ -36,6 +36,9 @@ class Model(HFLM):
         self.cut: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         self._tasks: list[str] = []
+        # some have one token for this and for an end or a beginning, which says nothing
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._unknown_id = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each request. Raises UsageError."""
@@ -63,4 +66,4 @@ class Model(HFLM):
                 f"{task}: an answer takes {len(continuation):,} tokens, the model has {self.max_length:,} positions"
             )
         self.cut[task] += len(context) + len(continuation) > self.max_length + 1
-        self.unknown[task] += self.tokenizer.unk_token_id in (*context, *continuation)
+        self.unknown[task] += self._unknown_id in (*context, *continuation)

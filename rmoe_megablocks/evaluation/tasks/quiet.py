@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from rmoe_megablocks.process import quiet_logging
 
@@ -27,17 +28,23 @@ def settings(offline: bool) -> Iterator[None]:
         chosen |= dict.fromkeys(_OFFLINE, "1")
     before = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)
-    if offline:
-        for module, names in _CONSTANTS.items():
-            for name in names:
-                if hasattr(sys.modules.get(module), name):
-                    setattr(sys.modules[module], name, True)
+    constants = list(_constants()) if offline else []
+    for module, name, _ in constants:
+        setattr(module, name, True)
     try:
         with quiet_logging():
             yield
     finally:
+        for module, name, value in constants:
+            setattr(module, name, value)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _constants() -> Iterator[tuple[ModuleType, str, bool]]:
+    for module, names in _CONSTANTS.items():
+        if (found := sys.modules.get(module)) is not None:
+            yield from ((found, name, getattr(found, name)) for name in names if hasattr(found, name))

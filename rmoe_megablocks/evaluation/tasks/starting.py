@@ -10,7 +10,7 @@ from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import report
 from rmoe_megablocks.evaluation.tasks import known, quiet, rows
 
-_PACKAGES = {"transformers": "transformers", "safetensors": "safetensors", "datasets": "datasets", "lm_eval": "lm-eval"}
+_PACKAGES = ("transformers", "safetensors", "accelerate", "datasets", "lm_eval")
 _EXTRA = "pip install 'rmoe-megablocks[eval]'"
 _OLDEST, _BELOW = (0, 4, 13), (0, 5)
 
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_packages() -> None:
-    for module, package in _PACKAGES.items():
+    for module in _PACKAGES:
         if importlib.util.find_spec(module) is None:
-            raise UsageError(f"{package} is not installed: {_EXTRA}")
+            raise UsageError(f"{module.replace('_', '-')} is not installed: {_EXTRA}")
     found = importlib.metadata.version("lm-eval")
     numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdecimal())
     if not _OLDEST <= numbers < _BELOW:
