@@ -97,6 +97,14 @@ def test_nothing_on_the_page_is_the_texts(page):
     assert not re.search(r"""(src|href)=["'](https?:)?//""", text)
 
 
+def test_the_page_is_held_against_the_baseline_asked_for(models):
+    assert writing._compared(models[1], "<b>linear</b>").labels[0] == "<b>linear</b>"
+    assert writing._compared(models[1], "a run that is not shown").labels[0] == "gru"
+    assert writing._compared(models[1][:1], None) is None
+    seeds = [one | {"recording": one["recording"] | {"seed": seed}} for seed, one in enumerate(models[1])]
+    assert "seeds of one setting" in writing._compared(seeds, None), "the page says why"
+
+
 def test_the_page_stays_below_its_bound(models, monkeypatch, tmp_path):
     monkeypatch.setattr(writing, "SAMPLE_BYTES", 20_000)
     monkeypatch.setattr(gallery, "entries", lambda: [])

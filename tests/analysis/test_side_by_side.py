@@ -131,6 +131,18 @@ def test_written_measures_are_read_back(pair, tmp_path):
             assert float(one[column]) == pytest.approx(expected)
 
 
+def test_tables_have_what_else_belongs_to_a_value(pair, tmp_path):
+    measuring.write(pair[0], tmp_path)
+    with (tmp_path / "mutual_information.csv").open() as file:
+        rows = {(int(one["layer"]), int(one["other_layer"])): one for one in csv.DictReader(file)}
+    measure = pair[0]["measures"]["mutual_information"]
+    assert len(rows) == 9 and float(rows[1, 1]["adjusted"]) == pytest.approx(1)
+    for key in ("value", "baseline", "adjusted"):
+        assert float(rows[1, 3][key]) == pytest.approx(measure[key][0][2]), key
+    heads = {path.stem: path.read_text().splitlines()[0] for path in tmp_path.glob("*.csv")}
+    assert heads["entropy"] == "layer,value,baseline,sd" and heads["dead_experts"] == "layer,value,baseline"
+
+
 def test_bad_places_are_refused(pair, tmp_path):
     (tmp_path / "file").write_text("{}")
     with pytest.raises(UsageError, match="cannot be written"):

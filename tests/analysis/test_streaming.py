@@ -146,6 +146,11 @@ def test_null_experts_are_no_choices():
     top = measured["measures"]["paths"]["value"]
     assert (top["number"], top["top"]) == (2, [[0, 1], [1, -1]])
     assert measured["measures"]["load"]["note"].startswith("1.33 real experts a token")
+    outside = measured["measures"]["outside_balance"]
+    assert (
+        outside["baseline"] == pytest.approx([4 / 3 / 3, 4 / 3 / 3])
+        and "as many real experts" in outside["baseline_is"]
+    )
 
 
 def test_sigmoid_scores_are_taken_over_their_sum():

@@ -135,6 +135,17 @@ def test_transitions_go_from_the_row_to_the_column():
     assert float(ax.images[0].get_array()[0, 1]) == pytest.approx(1 - loads[1]), "less the next layer's loads"
 
 
+def test_who_is_chosen_together_is_told_of_the_row():
+    """Expert 0 is never without expert 1, which is without it half of the time."""
+    chosen = np.tile(np.array([[0, 1], [1, 2]], np.int16), (256, 1))[:, None]
+    measured = measuring.measure(Planted(routers(layers=1, tokens=512, experts=4), choices_TLK=chosen), FEW)
+    ax = maps.coactivation([measured]).axes[0]
+    found = ax.images[0].get_array()
+    assert ax.get_ylabel() == "expert i" and ax.get_xlabel() == "expert j"
+    assert [float(found[place]) for place in ((0, 1), (1, 0))] == pytest.approx([1 - 1 / 3, 0.5 - 1 / 3])
+    assert found.mask[0, 0] and found.mask[3].all(), "nobody chose expert 3"
+
+
 def test_several_checkpoints_of_two_runs(tmp_path, drawn, monkeypatch):
     """What --steps finds is recorded, the last one is held against all; the launcher is left out."""
     first, last = routers(layers=2, tokens=640, seed=1), routers(layers=2, tokens=640, seed=2)
