@@ -25,7 +25,7 @@ from rmoe_megablocks.command_line import groups_of
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import checkpoints, texts
-from rmoe_megablocks.process import progress_stream, quiet_warnings
+from rmoe_megablocks.process import progress_stream, quiet_logging, quiet_warnings
 from rmoe_megablocks.routing.watching import RECORD_TO, row_dtype
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def _source(above: Path, step: int | None) -> tuple[Source | None, str]:
     from rmoe_megablocks.conversion import source as sources  # imports Megatron
 
     try:
-        return sources.open_source(above, step, None, trusts_router=True, any_vocabulary=True), ""
+        with quiet_logging():
+            return sources.open_source(above, step, None, trusts_router=True, any_vocabulary=True), ""
     except UsageError as error:
         return None, str(error)
 
