@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rmoe_megablocks.data import metadata
+from rmoe_megablocks.data.prepared import metadata
 from rmoe_megablocks.errors import UsageError
 
 _FILES = ("arguments.json", "metrics.jsonl", "summary.json")

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rmoe_megablocks.data import indexed, responses
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
+from rmoe_megablocks.data.prepared import indexed, responses
+from rmoe_megablocks.data.prepared.metadata import FILE_NAME, FORMAT_VERSION, DatasetMetadata, SplitMetadata
 from rmoe_megablocks.data.reading.formats import AUTO, BYTES
 from rmoe_megablocks.data.reading.sources import Inputs
 from rmoe_megablocks.data.split import SPLITS, parse_split
@@ -70,7 +70,7 @@ def prepare(
             it is; "bytes" takes any bytes, for the bytes tokenizer. Compressed files are decompressed in all three. The
             mark that UTF-8 files may begin with is left out except by "bytes".
         append_eod: end documents (rows; for plain text: each split) in the tokenizer's end-of-document id.
-        loss_after: the line that ends the prompt of each row: see :mod:`rmoe_megablocks.data.responses`.
+        loss_after: the line that ends the prompt of each row: see :mod:`rmoe_megablocks.data.prepared.responses`.
         overwrite: replace a dataset that is there, once the new one is complete.
         progress: a progress bar on stderr.
 

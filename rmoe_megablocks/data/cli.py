@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from rmoe_megablocks.data.build import prepare
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.metadata import DatasetMetadata
+from rmoe_megablocks.data.prepared.metadata import DatasetMetadata
 from rmoe_megablocks.data.reading.formats import AUTO, INPUT_FORMATS
 from rmoe_megablocks.data.tokenizers import KINDS
 

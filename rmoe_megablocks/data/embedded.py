@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rmoe_megablocks.data.build import OutputExists, prepare
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.metadata import DatasetMetadata
+from rmoe_megablocks.data.prepared.metadata import DatasetMetadata
 from rmoe_megablocks.data.reading.compression import open_text
 
 CORPUS_PATH = Path(__file__).parent / "corpus" / "enwik8_1mb.xz"

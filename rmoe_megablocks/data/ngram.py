@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.indexed import read_tokens
-from rmoe_megablocks.data.metadata import DatasetMetadata, dataset_dir
+from rmoe_megablocks.data.prepared.indexed import read_tokens
+from rmoe_megablocks.data.prepared.metadata import DatasetMetadata, dataset_dir
 
 _CHUNK_TOKENS = 1 << 22
 # pairs of so few kinds are counted in a table of all of them, which is much faster than sorting

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe_megablocks import data, yaml12
-from rmoe_megablocks.data.metadata import SplitMetadata
+from rmoe_megablocks.data.prepared.metadata import SplitMetadata
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.evaluation import report, texts

@@ -15,7 +15,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
 from rmoe_megablocks.compat.megatron import script_hooks as megatron_script_hooks
-from rmoe_megablocks.data.responses import mask_path
+from rmoe_megablocks.data.prepared.responses import mask_path
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import arguments, balancing
 from rmoe_megablocks.megatron.checkpoints import compatibility, model, resharding, upcycling

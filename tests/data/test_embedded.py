@@ -12,11 +12,11 @@ from rmoe_megablocks.data import (
     DatasetMetadata,
     embedded,
     embedded_corpus,
-    indexed,
     prepare,
     prepare_embedded,
     read_tokens,
 )
+from rmoe_megablocks.data.prepared import indexed
 from rmoe_megablocks.data.split import SPLITS
 
 

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from rmoe_megablocks.data import DataError, DatasetMetadata, indexed, prepare, read_tokens
+from rmoe_megablocks.data import DataError, DatasetMetadata, prepare, read_tokens
 from rmoe_megablocks.data.build import OutputExists
+from rmoe_megablocks.data.prepared import indexed
 
 
 def content(folder) -> list[str]:

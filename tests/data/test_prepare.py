@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rmoe_megablocks.data import DatasetMetadata, indexed, make_tokenizer, prepare, read_tokens
+from rmoe_megablocks.data import DatasetMetadata, make_tokenizer, prepare, read_tokens
+from rmoe_megablocks.data.prepared import indexed
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.data.tokenizers import ByteTokenizer
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rmoe_megablocks.data import DataError, DatasetMetadata, prepare, read_tokens
-from rmoe_megablocks.data.indexed import read_index
-from rmoe_megablocks.data.responses import Masks
+from rmoe_megablocks.data.prepared.indexed import read_index
+from rmoe_megablocks.data.prepared.responses import Masks
 from rmoe_megablocks.data.tokenizers import SentencePieceTokenizer
 
 LINE = "### Response:"

@@ -1,20 +1,5 @@
 """Skipped, with the reason, where one of the extra's packages is not installed."""
 
-import importlib.util
+from tests.extras import skipped_without
 
-import pytest
-
-_MISSING = [
-    name for name in ("transformers", "trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None
-]
-
-if _MISSING:
-
-    class _Skipped(pytest.Module):
-        """Stands for a test module whose imports would fail."""
-
-        def collect(self):
-            pytest.skip(f"{_MISSING[0]} is not installed (pip install -e '.[finetune]')")
-
-    def pytest_pycollect_makemodule(module_path, parent):
-        return _Skipped.from_parent(parent, path=module_path)
+pytest_pycollect_makemodule = skipped_without("finetune", "transformers", "trl", "accelerate", "datasets")

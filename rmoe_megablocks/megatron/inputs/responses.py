@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from rmoe_megablocks.data.responses import Masks, mask_path
+from rmoe_megablocks.data.prepared.responses import Masks, mask_path
 
 #: prefixes and their weights
 Blend = tuple[list[str], list[float] | None] | None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rmoe_megablocks import data
-from rmoe_megablocks.data.indexed import SplitWriter
+from rmoe_megablocks.data.prepared.indexed import SplitWriter
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import preflight
 from rmoe_megablocks.megatron.inputs import batches, blends, datasets
@@ -96,7 +96,7 @@ def test_ids_beyond_the_vocabulary(plain, run, refusal, tmp_path):
 
 
 def test_ids_in_the_last_chunk_count(tmp_path, monkeypatch):
-    monkeypatch.setattr("rmoe_megablocks.data.indexed._CHUNK_TOKENS", 7)
+    monkeypatch.setattr("rmoe_megablocks.data.prepared.indexed._CHUNK_TOKENS", 7)
     prefix = write(tmp_path / "ids", [3] * 20, [2, 999], vocab_size=1000)
     read = []
     assert data.id_range(prefix, read.append) == (2, 999)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rmoe_megablocks import data
-from rmoe_megablocks.data.indexed import SplitWriter
+from rmoe_megablocks.data.prepared.indexed import SplitWriter
 from tests.odd_inputs.case import Case
 from tests.odd_inputs.cases.environment import SMALL, trained, would_start
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rmoe_megablocks.data import indexed
 from rmoe_megablocks.data.errors import DataError
+from rmoe_megablocks.data.prepared import indexed
 from rmoe_megablocks.data.reading.sources import Source
 from rmoe_megablocks.data.split import SPLITS
 from rmoe_megablocks.data.tokenizers import KINDS

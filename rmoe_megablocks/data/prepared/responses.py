@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rmoe_megablocks.data.errors import DataError
-from rmoe_megablocks.data.indexed import read_index
+from rmoe_megablocks.data.prepared.indexed import read_index
 from rmoe_megablocks.data.tokenizers import SentencePieceTokenizer, Tokenizer
 
 SUFFIX = ".mask"
