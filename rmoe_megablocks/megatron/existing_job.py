@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from megatron.training import get_args, global_vars
 from megatron.training.models.gpt import GPTModelConfig
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from rmoe_megablocks.compat import megatron_cpu
 from rmoe_megablocks.compat.megatron import hooks as megatron_hooks
@@ -126,7 +125,7 @@ def _check_router(args: argparse.Namespace) -> None:
 
 def _check_no_prompts(args: argparse.Namespace) -> None:
     """Refuses a dataset that says which tokens are prompts: a script's own dataset would learn them all."""
-    found = masked(*get_blend_and_blend_per_split(args))
+    found = masked(args)
     if found:
         raise UsageError(
             f"{mask_path(found[0])}: the dataset leaves prompts out of the loss, which {sys.argv[0]} would count: "

@@ -61,9 +61,9 @@ def test_sentencepiece(tmp_path, models, name):
 @pytest.mark.parametrize(
     "texts, options, expected",
     [
-        (["a\n### Response:\nb", "c"], {}, "row 2 of the text has the line '### Response:' nowhere"),
-        ([f"{LINE}\n{LINE}\n"], {}, "row 1 of the text has the line '### Response:' 2 times"),
-        ([f"{LINE}\na\n{LINE}\nb"], {}, "row 1 of the text has the line '### Response:' 2 times"),
+        (["a\n### Response:\nb", "c"], {}, "row 2, which begins 'c', has the line '### Response:' nowhere"),
+        ([f"{LINE}\n{LINE}\n"], {}, "has the line '### Response:' 2 times"),
+        ([f"{LINE}\na\n{LINE}\nb"], {}, "has the line '### Response:' 2 times"),
         ([f"a {LINE}\nb"], {}, "nowhere, expected once"),
         ([], {"loss_after": "a\nb"}, "--loss-after 'a\\nb': expected one line"),
         ([], {"loss_after": ""}, "expected one line"),

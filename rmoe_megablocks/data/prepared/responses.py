@@ -29,12 +29,16 @@ def encode(tokenizer: Tokenizer, row: bytes, line: str, number: int) -> tuple[np
     prompt.
 
     Raises:
-        DataError: row ``number`` has no such line, or several, of which nobody knows which one begins the response.
+        DataError: row ``number``, without counting empty ones, has no such line, or several, of which nobody knows
+            which one begins the response.
     """
     places = [match.end() for match in re.finditer(rb"^" + re.escape(line.encode()) + rb"\n", row, re.MULTILINE)]
     if len(places) != 1:
         found = f"{len(places)} times" if places else "nowhere"
-        raise DataError(f"--loss-after: row {number} of the text has the line {line!r} {found}, expected once")
+        begins = row[:40].decode(errors="replace")
+        raise DataError(
+            f"--loss-after: row {number}, which begins {begins!r}, has the line {line!r} {found}, expected once"
+        )
     cut = places[0]
     parts = [row[:cut], row[cut:]]
     if isinstance(tokenizer, SentencePieceTokenizer):

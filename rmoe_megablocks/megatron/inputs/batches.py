@@ -66,16 +66,15 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None):
     def on_this_rank() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
-    config = dataset_config(args)
     num_samples = [training_samples(args, num_samples[0]), *num_samples[1:]]
-    return BlendedMegatronDatasetBuilder(_kind(args, config), num_samples, on_this_rank, config).build()
+    return BlendedMegatronDatasetBuilder(_kind(args), num_samples, on_this_rank, dataset_config(args)).build()
 
 
-def _kind(args, config: GPTDatasetConfig) -> type[GPTDataset]:
+def _kind(args) -> type[GPTDataset]:
     """The class of the datasets: ours only where there is a mask, as its name is in those of Megatron's index files."""
     if args.mock_data:
         return MockGPTDataset
-    return ResponseDataset if masked(config.blend, config.blend_per_split) else GPTDataset
+    return ResponseDataset if masked(args) else GPTDataset
 
 
 def training_samples(args, asked: int) -> int:
@@ -130,7 +129,12 @@ def get_batch(
 
 
 def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Summed loss of a micro-batch, its number of tokens, and both again for Megatron's averages."""
+    """Summed loss of a micro-batch, its number of tokens, and both again for Megatron's averages.
+
+    Megatron divides the one by the other, and averages that over context-parallel ranks (schedules.py:334). Where the
+    mask leaves out more of one rank's part of a sequence than of another's, a token would weigh more there: every rank
+    gets the number of the whole sequence, and a loss that much larger.
+    """
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
     num_tokens = loss_mask.sum().detach().to(torch.int)
     if get_args().stop_on_nonfinite:  # without a check nobody takes them away again
@@ -144,7 +148,12 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
                 tolerance=0.0,
                 fatal=True,
             )
-    return loss, num_tokens, {"lm loss": torch.stack((loss.detach(), num_tokens.float()))}
+    reported = {"lm loss": torch.stack((loss.detach(), num_tokens.float()))}
+    size = get_args().context_parallel_size
+    if size > 1 and not get_args().calculate_per_token_loss:
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_context_parallel_group())
+        loss = loss * size
+    return loss, num_tokens, reported
 
 
 def forward_step(data_iterator, model):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rmoe_megablocks import data
 from rmoe_megablocks.errors import UsageError
-from rmoe_megablocks.megatron.inputs import blends
+from rmoe_megablocks.megatron.inputs import blends, responses
 from rmoe_megablocks.megatron.inputs.blends import SPLITS, Blend
 
 CHECKED = "RMOE_DATA_CHECKED"  # set by the launcher for the processes it starts
@@ -76,8 +76,11 @@ def choose(args: argparse.Namespace, reads_ids: bool, scratch: Path | None = Non
         default = args.split is None and named[0] in ("data_path", "data_args_path")
         found = blends.read(args)
         notes = [f"--split is missing: Megatron's own, {args.split}"] if default else []
-        return Data(None, None, notes + _check_blends(args, found, reads_ids))
-    return _prepared(args, scratch)
+        chosen = Data(None, None, notes + _check_blends(args, found, reads_ids))
+    else:
+        chosen = _prepared(args, scratch)
+    responses.check(args)
+    return chosen
 
 
 def evaluated_splits(metadata: data.DatasetMetadata) -> list[str]:

@@ -1,16 +1,15 @@
 """Megatron's GPT dataset whose loss mask leaves out prompts, for splits that have a mask beside their tokens."""
 
+import argparse
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from rmoe_megablocks.data.prepared.responses import Masks, mask_path
-
-#: prefixes and their weights
-Blend = tuple[list[str], list[float] | None] | None
+from rmoe_megablocks.errors import UsageError
 
 
 class ResponseDataset(GPTDataset):
@@ -42,7 +41,26 @@ def has_mask(prefix: str | Path | None) -> bool:
     return prefix is not None and mask_path(prefix).is_file()
 
 
-def masked(blend: Blend, blend_per_split: Sequence[Blend] | None) -> list[str]:
-    """The prefixes that have a mask, of what ``get_blend_and_blend_per_split`` makes of a run's arguments."""
+def masked(args: argparse.Namespace) -> list[str]:
+    """The prefixes that have a mask, of those that a run reads."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
     prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
     return [prefix for prefix in prefixes if has_mask(prefix)]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UsageError for what Megatron computes as if no token were left out of the loss."""
+    found = masked(args)
+    if not found:
+        return
+    where = f"{mask_path(found[0])}, which leaves prompts out of the loss"
+    if args.calculate_per_token_loss:
+        raise UsageError(
+            f"--calculate-per-token-loss does not work with {where}: the balancing losses, which count all tokens, "
+            "would be divided by the others' number alone; leave it out"
+        )
+    if args.context_parallel_size > 1 and args.mtp_num_layers:
+        raise UsageError(
+            f"--mtp-num-layers with --context-parallel-size {args.context_parallel_size} does not work with {where}: "
+            "each rank would divide its loss by its own part's tokens; leave one of them out"
+        )

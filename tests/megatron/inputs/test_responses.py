@@ -1,6 +1,7 @@
 """Prompts in Megatron's packed samples: their labels have no gradient, and the loss is a mean without them."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,10 @@ from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from rmoe_megablocks.data import prepare
 from rmoe_megablocks.errors import UsageError
 from rmoe_megablocks.megatron import existing_job
-from rmoe_megablocks.megatron.inputs import batches
+from rmoe_megablocks.megatron.inputs import batches, responses
 from rmoe_megablocks.megatron.inputs.responses import ResponseDataset
+from tests.distributed.arguments import BASE, CP2
+from tests.distributed.lab import deviation, run_groups
 from tests.ports import free_port
 
 LENGTH, END = 48, 256
@@ -41,6 +44,14 @@ def group():
     torch.distributed.destroy_process_group()
 
 
+def arguments(**others) -> SimpleNamespace:
+    """A run's, as far as data and loss depend on them."""
+    places = "data_path data_args_path train_data_path valid_data_path test_data_path per_split_data_args_path".split()
+    plain = {"mock_data": False, "context_parallel_size": 1, "calculate_per_token_loss": False, "mtp_num_layers": None}
+    plain |= {"stop_on_nonfinite": False, "check_for_nan_in_loss_and_grad": False}
+    return SimpleNamespace(**dict.fromkeys(places) | plain | others)
+
+
 def dataset(prefix, kind=None) -> GPTDataset:
     """Three epochs of samples, as the entry builds them."""
     config = GPTDatasetConfig(
@@ -54,7 +65,7 @@ def dataset(prefix, kind=None) -> GPTDataset:
         create_attention_mask=False,
         mid_level_dataset_surplus=0.005,
     )
-    kind = kind or batches._kind(SimpleNamespace(mock_data=False), config)
+    kind = kind or batches._kind(arguments(train_data_path=[prefix]))
     return BlendedMegatronDatasetBuilder(kind, [120, 0, 0], lambda: True, config).build()[0]
 
 
@@ -82,8 +93,7 @@ def test_without_a_mask_it_is_megatrons_own(tmp_path):
 
 
 def test_loss_and_gradient(prefix, monkeypatch):
-    arguments = SimpleNamespace(stop_on_nonfinite=False, check_for_nan_in_loss_and_grad=False)
-    monkeypatch.setattr(batches, "get_args", lambda: arguments)
+    monkeypatch.setattr(batches, "get_args", arguments)
     found = dataset(prefix)
     samples = [found[number] for number in range(4)]
     mask_BS, labels_BS = (torch.stack([sample[key] for sample in samples]) for key in ("loss_mask", "labels"))
@@ -107,11 +117,43 @@ def test_loss_and_gradient(prefix, monkeypatch):
     assert (at_BS[~counts_BS] == 0).all() and (at_BS[counts_BS] > 0).all()
 
 
-def test_a_stock_script_is_refused(prefix, monkeypatch):
+def test_a_stock_script_is_refused(prefix):
     """Its own dataset would count the prompts."""
-    places = "data_path data_args_path train_data_path valid_data_path test_data_path per_split_data_args_path".split()
-    args = SimpleNamespace(**dict.fromkeys(places))
-    existing_job._check_no_prompts(args)
-    args.train_data_path = [prefix]
+    existing_job._check_no_prompts(arguments())
     with pytest.raises(UsageError, match=r"train\.mask: the dataset leaves prompts out of the loss"):
-        existing_job._check_no_prompts(args)
+        existing_job._check_no_prompts(arguments(train_data_path=[prefix]))
+
+
+@pytest.mark.parametrize(
+    "others, told",
+    [
+        ({"calculate_per_token_loss": True}, "--calculate-per-token-loss does not work with"),
+        ({"context_parallel_size": 2, "mtp_num_layers": 1}, "--mtp-num-layers with --context-parallel-size 2 does not"),
+    ],
+    ids=range(2),
+)
+def test_what_counts_other_tokens_is_refused(prefix, others, told):
+    responses.check(arguments(**others))
+    responses.check(arguments(train_data_path=[prefix]))
+    with pytest.raises(UsageError, match=told):
+        responses.check(arguments(train_data_path=[prefix], **others))
+
+
+def test_layouts_weigh_a_token_alike(prefix, tmp_path):
+    """Context-parallel ranks have other numbers of predicted tokens in one sequence; data-parallel ones, of a batch."""
+    words = [word for word in BASE if word not in ("--mock-data", "--tokenizer-type", "NullTokenizer")]
+    words[words.index("--vocab-size") + 1] = "257"
+    words += ["--dataset", str(Path(prefix).parent), "--runs-dir", str(tmp_path / "runs")]
+    start = ["--load", str(tmp_path / "start"), "--finetune", "--no-load-optim", "--no-load-rng", "--no-checkpoints"]
+    layouts = {
+        "start": ["--save", str(tmp_path / "start"), "--train-iters", "1", "--lr", "0", "--min-lr", "0"],
+        **{name: [*start, "--train-iters", "4", *argv] for name, argv in (("one", []), ("CP2", CP2), ("DP2", []))},
+    }
+    cases = {
+        name: {"name": name, "argv": [*words, "--run-name", name, *argv], "collect": []}
+        for name, argv in layouts.items()
+    }
+    rounds = [[(1, [cases["start"]])], [(1, [cases["one"]]), (2, [cases["CP2"], cases["DP2"]])]]
+    results = run_groups(tmp_path, rounds)
+    for name in ("CP2", "DP2"):
+        assert deviation(results["one"][0], results[name][0]) < 5e-6, name
